@@ -1,0 +1,28 @@
+"""The hooks that a plugin may implement. It imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pluggy
+
+if TYPE_CHECKING:
+    from alignzoo.api import Loss
+
+PROJECT = "alignzoo"
+F = TypeVar("F", bound=Callable[..., Any])
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+_hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+def hookimpl(function: F) -> F:
+    """Marks a function of a plugin as the implementation of the hook of the same name."""
+    return _hookimpl(function)
+
+
+@hookspec
+def alignzoo_losses() -> list[type[Loss]]:
+    """The losses that the plugin brings: classes, not instances. Called once, when the plugin is loaded."""
+    return []

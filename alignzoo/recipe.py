@@ -1,0 +1,318 @@
+"""A recipe: every key that `alignzoo run` reads, its type, bounds and meaning. It imports no torch.
+
+[train] holds what the result depends on; [engine] what the machine needs and what changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from alignzoo.errors import RecipeError
+from alignzoo.recipe_file import Tables, read_tables, tables_from
+from alignzoo.schema import Path as Key
+from alignzoo.schema import Problem, Raw, build, convert, nearest, parse_raw, setting
+from alignzoo.schema import Spec as _Spec
+
+REQUIRED: Any = MISSING
+
+
+@dataclass(frozen=True)
+class LoRA:
+    rank: int = setting(64, "rank of the adapter", ge=1)
+    alpha: float | None = setting(None, "scale of the adapter; twice the rank if not given", gt=0)
+    dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    target: str | tuple[str, ...] = setting("all-linear", 'module names, a regular expression, or "all-linear"')
+    modules_to_save: tuple[str, ...] = setting((), "modules trained whole and saved beside the adapter")
+    dora: bool = setting(False, "weight-decomposed LoRA (arXiv:2402.09353)")
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank) (arXiv:2312.03732)")
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = setting(
+        REQUIRED,
+        "a local folder, a hub id, a .gguf file, package:NAME/FILE.gguf, or run:DIR for a finished run's model",
+    )
+    revision: str | None = setting(None, "branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "float32", "type of the stored weights; auto: as they were saved"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(
+        "auto", "attention implementation of transformers"
+    )
+    dropout: float = setting(0.0, "every dropout of the model; 0 switches them off", ge=0, lt=1)
+    router_loss: float = setting(0.0, "weight of the load-balancing loss of a mixture-of-experts model; 0: none", ge=0)
+    lora: LoRA | None = setting(None, "train an adapter instead of all weights: a table, {} for its defaults")
+    quantization: Literal["4bit", "8bit"] | None = setting(
+        None, "load the base quantised by bitsandbytes (extra qlora); needs model.lora"
+    )
+    trust_remote_code: bool = setting(False, "run code that comes with the model")
+
+
+@dataclass(frozen=True)
+class Reference:
+    mode: Literal["auto", "live"] = setting(
+        "auto", "auto: adapter off under LoRA if the reference is its base, else a frozen copy; live: a frozen copy"
+    )
+    path: str | None = setting(None, "reference model, as model.path; the start model if not given")
+    revision: str | None = setting(None, "branch, tag or commit of reference.path on the hub")
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str = setting(REQUIRED, "json, jsonl, parquet or csv file, a folder saved by datasets, or a hub id")
+    split: str | None = setting(None, "split of a saved or hub data set, e.g. train")
+    weight: float = setting(1.0, "how often each row counts: 0.5 takes half of the rows, 2 each row twice", gt=0)
+    limit: int | None = setting(None, "the first rows only", ge=1)
+    format: str = setting("auto", "format of the rows; auto: found from the columns")
+    columns: dict[str, str] = setting({}, 'our column = the file\'s, e.g. {chosen = "good"}; added to data.columns')
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str | tuple[Source, ...] = setting(REQUIRED, "training rows: a path, or a list of tables")
+    eval: str | tuple[Source, ...] | None = setting(None, "held-out rows: a path, or a list of tables")
+    eval_fraction: float = setting(0.0, "without data.eval: the part of the rows that is held out", ge=0, lt=1)
+    max_length: int = setting(1024, "tokens of prompt and completion together", ge=2)
+    max_prompt_length: int | None = setting(None, "tokens of the prompt", ge=1)
+    max_completion_length: int | None = setting(None, "tokens of a completion", ge=1)
+    truncation: Literal["drop", "prompt_left", "completion_right"] = setting(
+        "drop", "what is too long: drop the row, cut the prompt's start, or cut the completion's end"
+    )
+    chat_template: str = setting(
+        "auto", "auto: the tokenizer's for chat rows and, where there is one, for strings; none: raw text; or a path"
+    )
+    chat_template_kwargs: dict[str, Any] = setting({}, "passed to the chat template, e.g. {enable_thinking = false}")
+    system: str | None = setting(None, "system turn of rows that have none")
+    columns: dict[str, str] = setting({}, 'our column = the file\'s, e.g. {chosen = "good"}')
+    keep: tuple[str, ...] = setting((), "numeric columns that the loss gets as batch.extra")
+    on_bad_row: Literal["fail", "skip"] = setting(
+        "fail", "a row that cannot be used: stop, or leave it out and count it"
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    learning_rate: float = setting(REQUIRED, "peak learning rate", ge=0)
+    batch_size: int = setting(16, "examples in one optimizer step, over all micro-batches and ranks", ge=1)
+    epochs: int = setting(1, "passes over the training rows", ge=1)
+    max_steps: int | None = setting(None, "at most so many optimizer steps", ge=1)
+    optimizer: str = setting("adamw_torch", "by its name in transformers, e.g. adamw_torch, sgd, adafactor")
+    lr_scheduler: str = setting("cosine", "by its name in transformers, e.g. cosine, linear, constant_with_warmup")
+    warmup_ratio: float = setting(0.1, "part of the steps for the warm-up", ge=0, le=1)
+    warmup_steps: int | None = setting(None, "steps of the warm-up; beats warmup_ratio", ge=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay; not for biases and norms", ge=0)
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), "Adam's decay rates", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, "Adam's epsilon", gt=0)
+    max_grad_norm: float = setting(1.0, "clip the gradient's L2 norm; 0: off", ge=0)
+    seed: int = setting(42, "seed of the data order, the adapter's start and every dropout", ge=0)
+
+
+@dataclass(frozen=True)
+class Engine:
+    tokens_per_device: int | None = setting(
+        None, "positions forwarded at once, padding included; by the device if not given", ge=1
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "of the computation; auto: bf16 on a GPU that has it, else fp32"
+    )
+    gradient_checkpointing: bool = setting(False, "less memory for activations, about a third more time")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int | None = setting(None, "save the model every so many steps; not if not given", ge=1)
+    keep: int = setting(2, "how many of them stay", ge=1)
+
+
+@dataclass(frozen=True)
+class Eval:
+    every_steps: int | None = setting(None, "evaluate every so many steps; start and end if not given", ge=1)
+    at_start: bool = setting(True, "evaluate before the first step")
+
+
+@dataclass(frozen=True)
+class Samples:
+    prompts: tuple[str, ...] = setting((), "prompts that the model answers before and after")
+    from_eval: int = setting(0, "prompts taken from the held-out rows, evenly spread, beside those", ge=0)
+    system: str | None = setting(None, "system turn for them; data.system if not given")
+    max_new_tokens: int = setting(64, "longest answer", ge=1)
+    temperature: float = setting(0.0, "0: greedy", ge=0)
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = setting(1, "write a line of metrics every so many steps", ge=1)
+    trackers: tuple[str, ...] = setting((), "accelerate's trackers, e.g. tensorboard, wandb (extra trackers)")
+    run_name: str | None = setting(None, "name of the run; the recipe's and the time if not given")
+
+
+@dataclass(frozen=True)
+class Output:
+    dir: str = setting("runs", "runs are made below it; relative to the working directory")
+    merge: bool = setting(False, "under LoRA: save the merged model instead of the adapter")
+
+
+@dataclass(frozen=True)
+class LossChoice:
+    """The [loss] table: its settings are read when the plugin is known."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    path: Key = ("loss",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe. `losses` holds one loss; `where(key)` tells file and line."""
+
+    losses: tuple[LossChoice, ...]
+    model: Model
+    data: Data
+    train: Train
+    reference: Reference = Reference()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    samples: Samples = Samples()
+    log: Log = Log()
+    output: Output = Output()
+    tables: Tables = field(default_factory=Tables, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.tables.file.stem if self.tables.file else "recipe"
+
+    def error(self, key: Key, what: str, *, why: str = "", fix: str = "") -> RecipeError:
+        """An error that names the place of a key."""
+        return RecipeError(f"{self.tables.locate(key)}: {what}", why=why, fix=fix)
+
+
+SECTIONS: dict[str, type] = {
+    "model": Model, "reference": Reference, "data": Data, "train": Train, "engine": Engine, "checkpoint": Checkpoint,
+    "eval": Eval, "samples": Samples, "log": Log, "output": Output,
+}  # fmt: skip
+
+
+def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """A recipe from a TOML file, or from a dictionary of its sections.
+
+    overrides: "key=value" strings as for --set, or {"train.seed": 3}. Raises RecipeError that lists all that is wrong.
+    """
+    tables = tables_from(path) if isinstance(path, Mapping) else read_tables(Path(path))
+    tables.override(overrides)
+    problems = list(tables.problems)
+    sections = _build_sections(tables.content, problems)
+    losses = _loss_choices(tables.content.get("loss"), problems)
+    if problems:
+        raise problems_error(tables, problems)
+    recipe = Recipe(losses=losses, tables=tables, **sections)
+    recipe = _resolve_paths(recipe)
+    _check_sense(recipe)
+    return recipe
+
+
+def problems_error(tables: Tables, problems: Sequence[Problem]) -> RecipeError:
+    """One error for all problems, each with its place."""
+    lines = [f"{tables.locate(p.path)}: [{p.key}] {p.message}" for p in problems]
+    title = "the recipe has a mistake" if len(lines) == 1 else f"the recipe has {len(lines)} mistakes"
+    return RecipeError("\n  ".join([title + ":", *lines]), fix="every key and its range: docs/recipes.md")
+
+
+def _build_sections(content: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    for key in content:
+        if key not in SECTIONS and key != "loss":
+            kind = "section" if isinstance(content[key], Mapping) else "key"
+            problems.append(Problem((key,), f'unknown {kind} "{key}"{nearest(key, [*SECTIONS, "loss", "extends"])}'))
+    built: dict[str, Any] = {}
+    for name, cls in SECTIONS.items():
+        table = content.get(name, {})
+        if isinstance(table, Raw):
+            table = parse_raw(table, cls)
+        if isinstance(table, Mapping):
+            built[name] = build(cls, table, (name,), problems)
+        else:
+            problems.append(Problem((name,), f'"{name}" is a section: write [{name}]'))
+    return built
+
+
+def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...]:
+    if isinstance(tables, Raw):
+        tables = parse_raw(tables, dict)
+    listed = tables if isinstance(tables, list) else [tables]
+    if len(listed) != 1:
+        problems.append(Problem(("loss",), f"{len(listed)} losses: a recipe has one [loss]"))
+    choices = []
+    for i, table in enumerate(listed):
+        path: Key = ("loss", i) if isinstance(tables, list) else ("loss",)
+        if not isinstance(table, Mapping) or "name" not in table:
+            problems.append(Problem(path, 'a [loss] section with a "name" is missing; `alignzoo losses` lists them'))
+            continue
+        name = convert(table["name"], str, (*path, "name"), problems, _Spec(""))
+        settings = {k: v for k, v in table.items() if k != "name"}
+        choices.append(LossChoice(str(name), settings, path))
+    return tuple(choices)
+
+
+def _resolve_paths(recipe: Recipe) -> Recipe:
+    """Relative data paths against the recipe's folder; a name that is no file there is left for the hub."""
+    folder = recipe.tables.folder
+
+    def resolve(value: str) -> str:
+        local = folder / Path(value).expanduser()
+        return str(local.resolve()) if local.exists() else value
+
+    def sources(value: Any) -> tuple[Source, ...] | None:
+        if value is None:
+            return None
+        listed = (Source(path=value),) if isinstance(value, str) else value
+        return tuple(replace(s, path=resolve(s.path)) for s in listed)
+
+    data = replace(recipe.data, train=sources(recipe.data.train) or (), eval=sources(recipe.data.eval))
+    template = data.chat_template
+    if template not in ("auto", "none"):
+        data = replace(data, chat_template=resolve(template))
+    return replace(recipe, data=data)
+
+
+def _check_sense(recipe: Recipe) -> None:
+    """What no single key can tell."""
+    data, model = recipe.data, recipe.model
+    if data.eval is not None and data.eval_fraction > 0:
+        raise recipe.error(("data", "eval_fraction"), "data.eval and data.eval_fraction are both given", fix="keep one")
+    if not data.train:
+        raise recipe.error(("data", "train"), "data.train is an empty list", fix="name at least one file")
+    if model.quantization and model.lora is None:
+        raise recipe.error(
+            ("model", "quantization"),
+            f'model.quantization = "{model.quantization}" without model.lora',
+            why="quantised weights cannot be trained",
+            fix="add [model.lora]",
+        )
+    warmup, most = recipe.train.warmup_steps, recipe.train.max_steps
+    if warmup is not None and most is not None and warmup > most:
+        raise recipe.error(("train", "warmup_steps"), f"train.warmup_steps = {warmup} is more than max_steps = {most}")
+
+
+def to_table(recipe: Recipe, loss_settings: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The resolved recipe as a table that reads back as the same recipe; None is left out, as TOML has no null."""
+    losses = loss_settings or [c.settings for c in recipe.losses]
+    table: dict[str, Any] = {
+        "loss": {"name": recipe.losses[0].name, **{k: v for k, v in losses[0].items() if v is not None}}
+    }
+    for name in SECTIONS:
+        table[name] = _plain(getattr(recipe, name))
+    return table
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
