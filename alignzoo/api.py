@@ -183,6 +183,8 @@ def metric(values: Tensor, *, where: Tensor | None = None, reduce: Literal["mean
     """A metric over those values where `where` is True; the engine reduces it over micro-batches and ranks."""
     if reduce not in ("mean", "min", "max"):
         raise ValueError(f'metric(reduce={reduce!r}): "mean", "min" or "max"')
+    if values.ndim == 0:
+        raise ValueError("metric: a scalar, not one value per row: a mean of means depends on the micro-batches")
     if where is not None and where.shape != values.shape:
         raise ValueError(f"metric: values have shape {tuple(values.shape)} and where {tuple(where.shape)}")
     return Metric(values, where, reduce)
@@ -276,7 +278,7 @@ class Loss:
 
     paper: ClassVar[str] = ""
     family: ClassVar[str] = ""
-    contract: ClassVar[int] = CONTRACT
+    contract: ClassVar[int] = 1
     invariances: ClassVar[frozenset[str]] = frozenset()
     token_stats: ClassVar[frozenset[str] | set[str]] = frozenset()
     needs_mismatched: ClassVar[bool] = False

@@ -1,0 +1,204 @@
+"""Log-probabilities of completions, computed inside the module that accelerate wraps.
+
+The hooks of ZeRO-3 and DDP fire when the wrapped module is called, so the decoder, the head and the log-softmax all run
+in `Scorer.forward`. The head runs at completion positions only, some hundred at a time, through the model class's own
+forward: whatever a class does after its decoder (bias, soft-capping, scaling, LoRA on the head) is done here too.
+
+Shapes: S sequences of L positions, N completions of T tokens, M completion tokens in all, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from alignzoo.batch import Layout
+from alignzoo.errors import ModelError
+
+HEAD_CHUNK = 256  # predicting positions per call of the head: 256 x V float32 logits is 50 MB for V = 49,152
+
+Scores = dict[str, Tensor]
+
+
+class Scorer(nn.Module):
+    """Owns a causal language model; called with a layout it returns per-token log-probs.
+
+    `forward(layout, stats)` gives {"logps": (N, T) float32} and, for each name in `stats`, that field of LogProbs,
+    detached; with router_loss also {"router_loss": ()}. Outside the layout's tokens the values are 0.
+    """
+
+    def __init__(self, model: Any, *, router_loss: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.router_loss = router_loss
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, under an adapter if there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, layout: Layout, stats: Collection[str] = ()) -> Scores:
+        lm, device = self.causal_lm, self.device
+        attention_mask = _tensor(layout.attention_mask, device)
+        extra = {"output_router_logits": True} if self.router_loss else {}
+        outputs = _decoder(lm)(
+            input_ids=_tensor(layout.input_ids, device), attention_mask=attention_mask, use_cache=False, **extra
+        )
+        hidden = outputs[0]  # (S, L, H)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, _tensor(layout.source, device))  # (M, H)
+        columns = self._score_rows(_HeadOnly(lm), rows, _tensor(layout.target, device), stats)
+        place, shape = _tensor(layout.place, device), layout.mask.shape
+        scores = {name: _spread(values, place, shape) for name, values in columns.items()}
+        if self.router_loss:
+            scores["router_loss"] = _router_loss(lm, outputs, attention_mask)
+        return scores
+
+    def _score_rows(self, head: _HeadOnly, rows: Tensor, target: Tensor, stats: Collection[str]) -> Scores:
+        parts = []
+        for h, t in zip(rows.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True):
+            if torch.is_grad_enabled():  # the logits are computed again in the backward pass, never kept
+                parts.append(checkpoint(_chunk_scores, head, h, t, stats, use_reentrant=False))
+            else:
+                parts.append(_chunk_scores(head, h, t, stats))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """The base model, for a reference that is the base; without an adapter it is the model itself."""
+        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+
+
+def _tensor(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _decoder(lm: Any) -> nn.Module:
+    decoder = getattr(lm, lm.base_model_prefix, None)
+    if decoder is None or decoder is lm:
+        raise ModelError(
+            f"{type(lm).__name__} is not a decoder with a language-model head",
+            fix="use a model that AutoModelForCausalLM loads",
+        )
+    return decoder  # type: ignore[no-any-return]
+
+
+class _HeadOnly:
+    """The causal language model with its decoder left out: hidden states in, the class's own logits out."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = copy.copy(lm)  # shares all parameters and hooks; only the table of its children is new
+        self.lm.__dict__["_modules"] = dict(lm._modules)
+        self.lm._modules[lm.base_model_prefix] = _Passthrough(_decoder(lm))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Logits (M, V) of hidden states (M, H)."""
+        return self.lm(inputs_embeds=rows.unsqueeze(0), use_cache=False, **self._no_router()).logits[0]  # type: ignore[no-any-return]
+
+    def _no_router(self) -> dict[str, bool]:
+        return {"output_router_logits": False} if is_mixture_of_experts(self.lm) else {}
+
+
+class _HiddenOnly(MoeModelOutputWithPast):  # type: ignore[misc]
+    """A decoder's output with nothing but hidden states (and router logits)."""
+
+    cross_attentions = None
+
+
+class _Passthrough(nn.Module):
+    """Stands where the decoder was and returns what it is given as the last hidden state."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["real"] = decoder  # not a child: its parameters are the real model's
+
+    def forward(self, *_args: Any, inputs_embeds: Tensor, router_logits: Any = None, **_: Any) -> _HiddenOnly:
+        return _HiddenOnly(last_hidden_state=inputs_embeds, router_logits=router_logits)
+
+    def __getattr__(self, name: str) -> Any:
+        # some classes (OPT) call base.decoder(...) instead of base(...)
+        return self if name == "decoder" else getattr(self.__dict__["real"], name)
+
+
+def is_mixture_of_experts(lm: Any) -> bool:
+    return hasattr(lm.config.get_text_config(), "output_router_logits")
+
+
+def _router_loss(lm: Any, outputs: Any, attention_mask: Tensor) -> Tensor:
+    """The load-balancing loss as the model's class computes it, over the real positions."""
+    head = _HeadOnly(lm).lm
+    found = head(
+        inputs_embeds=outputs[0][:1, :1], router_logits=outputs.router_logits, attention_mask=attention_mask,
+        output_router_logits=True, use_cache=False,
+    )  # fmt: skip
+    return found.aux_loss  # type: ignore[no-any-return]
+
+
+def _chunk_scores(head: _HeadOnly, rows: Tensor, target: Tensor, stats: Collection[str]) -> Scores:
+    """Log-prob of each target, (m,), and the statistics asked for, from (m, H) hidden states."""
+    logits = head(rows)  # (m, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    normaliser = logits.logsumexp(-1)  # (m,)
+    scores = {"logps": logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - normaliser}
+    if stats:
+        with torch.no_grad():
+            logps = logits.detach() - normaliser.detach().unsqueeze(-1)  # (m, V)
+            for name in stats:
+                scores[name] = _STATS[name](logps, target)
+    return scores
+
+
+def _entropy(logps: Tensor, _: Tensor) -> Tensor:
+    return -(logps.exp() * logps).sum(-1)
+
+
+def _log_sum_sq_probs(logps: Tensor, _: Tensor) -> Tensor:
+    return (2 * logps).logsumexp(-1)
+
+
+def _is_top1(logps: Tensor, target: Tensor) -> Tensor:
+    return logps.argmax(-1) == target
+
+
+_STATS = {"entropy": _entropy, "log_sum_sq_probs": _log_sum_sq_probs, "is_top1": _is_top1}
+
+
+def _spread(values: Tensor, place: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(M,) values at their places in an (N, T) table of zeros."""
+    table = values.new_zeros(shape[0] * shape[1])
+    return table.index_copy(0, place, values).view(shape)
+
+
+@torch.no_grad()
+def check_scorer(scorer: Scorer, layout: Layout) -> None:
+    """Compares the scorer with the model's plain forward on one layout; a model whose head it misreads is refused."""
+    was_training = scorer.training
+    scorer.eval()
+    try:
+        device = scorer.device
+        lm = scorer.causal_lm
+        ids, mask = _tensor(layout.input_ids, device), _tensor(layout.attention_mask, device)
+        logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = logits.reshape(-1, logits.shape[-1]).index_select(0, _tensor(layout.source, device)).float()
+        plain = logits.log_softmax(-1).gather(-1, _tensor(layout.target, device).unsqueeze(-1)).squeeze(-1)
+        ours = scorer(layout)["logps"].reshape(-1).index_select(0, _tensor(layout.place, device))
+        worst = (plain - ours.float()).abs().max().item()
+    finally:
+        scorer.train(was_training)
+    tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+    if not worst <= tolerance:
+        raise ModelError(
+            f"{type(lm).__name__}: log-probs differ from the model's own logits by {worst:.2g} nats",
+            why="this class computes its logits in a way that alignzoo does not know",
+            fix="please report the model; it cannot be trained correctly as it is",
+        )

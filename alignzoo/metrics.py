@@ -1,0 +1,127 @@
+"""Metrics of a step: sums and counts over micro-batches, under the names that people's dashboards have."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alignzoo.api import Batch, Labelled, LogProbs, LossOutput, Metric, Pairs
+from alignzoo.errors import PluginError
+from alignzoo.objective import log_probs_of
+
+TIE = 1e-3  # margins nearer to 0 than this count as half right: with policy == reference they are rounding noise
+RESERVED = frozenset({
+    "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "memory", "step", "epoch", "units",
+    "padding_fraction", "router_loss", "seconds", "skipped_steps",
+})  # fmt: skip
+RESERVED_PREFIXES = ("eval_", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/")
+
+
+@dataclass
+class Accumulator:
+    """Means, minima and maxima by name; the tensors stay on their device until `result`."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    extremes: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+
+    def mean(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Adds values, or those where `where` is True, to a mean."""
+        values = values.detach().double()
+        if where is None:
+            total, count = values.sum(), values.new_tensor(values.numel())
+        else:
+            total, count = values.masked_fill(~where, 0.0).sum(), where.sum().double()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts[name] + count if name in self.counts else count
+
+    def extreme(self, name: str, metric: Metric) -> None:
+        values = metric.values.detach().double()
+        if metric.where is not None:
+            values = values[metric.where]
+        if values.numel() == 0:
+            return
+        found = getattr(values, metric.reduce)()
+        if name in self.extremes:
+            found = getattr(torch.stack([self.extremes[name][1], found]), metric.reduce)()
+        self.extremes[name] = (metric.reduce, found)
+
+    def result(self) -> dict[str, float]:
+        """Plain numbers; a mean over nothing is left out."""
+        means = {n: (s / self.counts[n]).item() for n, s in self.sums.items() if self.counts[n].item() > 0}
+        return means | {n: value.item() for n, (_, value) in self.extremes.items()}
+
+
+def record(into: Accumulator, owner: str, batch: Batch, output: LossOutput) -> None:
+    """Everything that is logged of one micro-batch, but the loss itself."""
+    sequences = log_probs_of(batch)
+    for name, sides in _sides(batch, sequences).items():
+        log_probs, where = sides
+        into.mean(f"logps/{name}", log_probs.sum(), where)
+        into.mean(f"mean_logps/{name}", log_probs.mean(), where)
+        if log_probs.reference is not None:
+            into.mean(f"kl/{name}", log_probs.log_ratio(), where)
+    _record_rewards(into, batch, output)
+    for name, value in output.metrics.items():
+        if name in RESERVED or name.startswith(RESERVED_PREFIXES):
+            raise PluginError(f'loss "{owner}" logs a metric named "{name}", which is alignzoo\'s own', fix="rename it")
+        _record_metric(into, name, value)
+
+
+def _record_metric(into: Accumulator, name: str, value: Tensor | Metric) -> None:
+    if isinstance(value, Tensor):
+        into.mean(name, value)
+    elif value.reduce == "mean":
+        into.mean(name, value.values, value.where)
+    else:
+        into.extreme(name, value)
+
+
+def _sides(batch: Batch, sequences: Mapping[str, LogProbs]) -> dict[str, tuple[LogProbs, Tensor | None]]:
+    """Which completions are logged under which name; labelled rows by their label."""
+    if isinstance(batch, Labelled):
+        return {"chosen": (batch.completion, batch.label), "rejected": (batch.completion, ~batch.label)}
+    return {name: (log_probs, None) for name, log_probs in sequences.items()}
+
+
+def _record_rewards(into: Accumulator, batch: Batch, output: LossOutput) -> None:
+    rewards = output.rewards
+    if isinstance(batch, Pairs):
+        prefix, (chosen, rejected) = ("rewards", rewards) if isinstance(rewards, tuple) else _implicit(batch)
+        if prefix != "mean_logps":  # those are there already
+            into.mean(f"{prefix}/chosen", chosen)
+            into.mean(f"{prefix}/rejected", rejected)
+        _record_margin(into, prefix, chosen.detach() - rejected.detach())
+    elif isinstance(rewards, Tensor):
+        if isinstance(batch, Labelled):
+            into.mean("rewards/chosen", rewards, batch.label)
+            into.mean("rewards/rejected", rewards, ~batch.label)
+        else:
+            into.mean("rewards/completion", rewards)
+
+
+def _implicit(batch: Pairs) -> tuple[str, tuple[Tensor, Tensor]]:
+    """What takes the place of rewards where a loss gives none: log-ratios, or log-probs per token."""
+    if batch.chosen.reference is not None:
+        return "log_ratios", (batch.chosen.log_ratio(), batch.rejected.log_ratio())
+    return "mean_logps", (batch.chosen.mean(), batch.rejected.mean())
+
+
+def _record_margin(into: Accumulator, prefix: str, margin: Tensor) -> None:
+    tie = margin.abs() <= TIE
+    into.mean(f"{prefix}/margins", margin)
+    into.mean(f"{prefix}/accuracies", torch.where(tie, 0.5, (margin > 0).double()))
+    into.mean(f"{prefix}/ties", tie.double())
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

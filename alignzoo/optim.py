@@ -1,0 +1,64 @@
+"""Optimizer and schedule by their names in transformers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from alignzoo.recipe import Recipe
+from alignzoo.schema import nearest
+
+_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # as transformers' Trainer
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises RecipeError for an optimizer or a schedule that transformers does not have."""
+    train = recipe.train
+    for key, value, names in (
+        ("optimizer", train.optimizer, [str(o.value) for o in OptimizerNames]),
+        ("lr_scheduler", train.lr_scheduler, [str(s.value) for s in SchedulerType]),
+    ):
+        if value not in names:
+            what = f'train.{key} = "{value}" is unknown to transformers{nearest(value, names)}'
+            raise recipe.error(("train", key), what, fix="one of " + ", ".join(sorted(names)))
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over all weights that train; decay for matrices only."""
+    train = recipe.train
+    decay = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if n in decay], "weight_decay": train.weight_decay},
+        {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
+    ]
+    arguments: Any = SimpleNamespace(
+        learning_rate=train.learning_rate, adam_beta1=train.adam_betas[0], adam_beta2=train.adam_betas[1],
+        adam_epsilon=train.adam_epsilon, optim=OptimizerNames(train.optimizer), optim_args=None,
+        optim_target_modules=None,
+    )  # fmt: skip
+    try:
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        return cls([g for g in groups if g["params"]], **options)  # type: ignore[no-any-return]
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise recipe.error(
+            ("train", "optimizer"), f'train.optimizer = "{train.optimizer}" cannot be made', why=str(error)
+        ) from error
+
+
+def warmup_steps(recipe: Recipe, total: int) -> int:
+    """warmup_steps if given, else the ratio of all steps, rounded up as transformers' Trainer does."""
+    given = recipe.train.warmup_steps
+    return given if given is not None else -int(-(total * recipe.train.warmup_ratio) // 1)
+
+
+def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, total: int) -> Any:
+    """The learning-rate schedule, stepped once per optimizer step."""
+    return get_scheduler(recipe.train.lr_scheduler, optimizer, warmup_steps(recipe, total), total)
