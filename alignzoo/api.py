@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CONTRACT", "KINDS", "TOKEN_STATS", "Batch", "Demonstrations", "Groups", "Labelled", "LogProbs", "Loss", "LossOutput",
-    "Metric", "NoSettings", "Pairs", "SequenceStats", "Step", "Term", "metric", "setting",
+    "CONTRACT", "KINDS", "TOKEN_STATS", "Batch", "Demonstrations", "Groups", "Labelled", "LogProbs", "Loss",
+    "LossOutput", "Metric", "NoSettings", "Pairs", "SequenceStats", "Step", "Term", "metric", "setting",
 ]  # fmt: skip
 
 CONTRACT = 1
@@ -203,9 +203,9 @@ class Term:
 class LossOutput:
     """What a loss gives back: values per example or per token, and what to log.
 
-    The units of a term are `mask.sum()` (without a mask the examples) over the whole optimizer step. The mask may depend
-    on the data and on `batch.step`, never on the log-probs. `a + b` and `2.0 * a` make a loss of several terms, each
-    divided by its own units.
+    The units of a term are `mask.sum()` (without a mask the examples) over the whole optimizer step. The mask may
+    depend on the data and on `batch.step`, never on the log-probs. `a + b` and `2.0 * a` make a loss of several terms,
+    each divided by its own units.
     """
 
     loss: Tensor  # (B,), or (N, T) with per="token"

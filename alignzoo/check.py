@@ -1,0 +1,165 @@
+"""What can be known of a run without loading its weights: `alignzoo check`, and the first half of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from alignzoo.api import Loss
+from alignzoo.batch import count_steps
+from alignzoo.data import Prepared, marked_example, prepare
+from alignzoo.errors import ModelError
+from alignzoo.plugins import LossInfo, Registry, discover, make_loss
+from alignzoo.recipe import Recipe, problems_error
+from alignzoo.reference import ReferencePlan, plan_reference
+from alignzoo.schema import Problem, show
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Live:
+    """Objects given from Python in the place of what a recipe names."""
+
+    model: Any = None
+    tokenizer: Any = None
+    train: Any = None
+    eval: Any = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to load its weights."""
+
+    recipe: Recipe
+    info: LossInfo
+    loss: Loss
+    registry: Registry
+    reference: ReferencePlan
+    location: Any  # model.Location, or None for a model given from Python
+    tokenizer: Any
+    data: Prepared
+    steps: int
+    live: Live
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.loss.settings)
+
+
+def make_job(
+    recipe: Recipe,
+    say: Say,
+    *,
+    live: Live | None = None,
+    plugin_files: Sequence[Path] = (),
+    losses: Sequence[type[Loss]] = (),
+) -> Job:
+    """Recipe, plugin, names and data, in the order of what is cheap to find wrong. Raises AlignzooError."""
+    live = live or Live()
+    registry = discover(plugin_files, losses)
+    for warning in registry.warnings:
+        say(f"WARNING: {warning}")
+    info, loss = find_loss(recipe, registry)
+    say(f"loss: {describe_loss(info, loss)}")
+    reference = plan_reference(recipe, loss, live_model=live.model is not None)
+    say(f"reference: {reference.words}")
+    _check_names(recipe)
+    from alignzoo.model import load_tokenizer, locate
+
+    location = None if live.model is not None else locate(recipe.model.path, recipe.model.revision)
+    if location is None and live.tokenizer is None:
+        raise ModelError("run(model=...) needs its tokenizer too", fix="pass tokenizer=")
+    if recipe.reference.path is not None and reference.kind == "frozen":
+        locate(recipe.reference.path, recipe.reference.revision)  # found now, loaded later
+    tokenizer = live.tokenizer
+    if tokenizer is None and location is not None:
+        say(f"loading the tokenizer of {recipe.model.path}")
+        tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
+    data = prepare(
+        recipe.data,
+        loss.data,
+        tokenizer,
+        needs_mismatched=loss.needs_mismatched,
+        train=live.train,
+        eval=live.eval,
+        seed=recipe.train.seed,
+        say=say,
+    )
+    train = recipe.train
+    steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
+    say(describe_steps(recipe, data, steps))
+    _warn(recipe, loss, tokenizer, say)
+    return Job(recipe, info, loss, registry, reference, location, tokenizer, data, steps, live)
+
+
+def find_loss(recipe: Recipe, registry: Registry) -> tuple[LossInfo, Loss]:
+    """The recipe's loss with its settings. Raises PluginError where it is not found, RecipeError for its settings."""
+    choice = recipe.losses[0]
+    info = registry.get(choice.name)
+    problems: list[Problem] = []
+    loss = make_loss(info, choice.settings, problems, choice.path)
+    if loss is None or problems:
+        raise problems_error(recipe.tables, problems)
+    return info, loss
+
+
+def describe_loss(info: LossInfo, loss: Loss) -> str:
+    """ "dpo (alignzoo 0.1.0) on pairs: beta = 0.1, label_smoothing = 0.0" """
+    settings = ", ".join(f"{k} = {show(v)}" for k, v in dataclasses.asdict(loss.settings).items())
+    return f"{info.name} ({info.distribution} {info.version}) on {loss.data}: {settings or 'no settings'}"
+
+
+def describe_steps(recipe: Recipe, data: Prepared, steps: int) -> str:
+    train = recipe.train
+    length = f"at most {train.max_steps} steps" if train.max_steps else f"{train.epochs} epoch(s)"
+    return (
+        f"steps: {steps} of {train.batch_size} examples ({length}) over {len(data.train)} training rows; "
+        f"{len(data.eval)} held out"
+    )
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Optimizer, schedule and trackers by their names, before anything is loaded."""
+    from alignzoo.optim import check_names
+
+    check_names(recipe)
+    if not recipe.log.trackers:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = sorted(str(getattr(t, "value", t)) for t in get_available_trackers())
+    for tracker in recipe.log.trackers:
+        if tracker not in installed:
+            known = tracker in LOGGER_TYPE_TO_CLASS
+            raise recipe.error(
+                ("log", "trackers"),
+                f'log.trackers: "{tracker}" is {"not installed" if known else "no tracker that accelerate knows"}',
+                fix=f"pip install {tracker}" if known else "one of " + ", ".join(sorted(LOGGER_TYPE_TO_CLASS)),
+            )
+
+
+def _warn(recipe: Recipe, loss: Loss, tokenizer: Any, say: Say) -> None:
+    """What can be run and is probably not meant."""
+    if loss.data != "demonstrations" and not getattr(tokenizer, "chat_template", None):
+        say(
+            "WARNING: a preference loss on a model without a chat template, probably a base model: "
+            "fine-tune it with sft first, or set data.chat_template"
+        )
+    if recipe.model.dropout > 0 or (recipe.model.lora is not None and recipe.model.lora.dropout > 0):
+        say("dropout: on in training, as the recipe asks")
+    else:
+        say("dropout: off (model.dropout = 0)")
+
+
+def check(recipe: Recipe, console: Console, plugin_files: Sequence[Path] = ()) -> Job:
+    """`alignzoo check`: the job in words, and the first example with prompt, completion and mask marked."""
+    job = make_job(recipe, lambda text: console.print(text, highlight=False, markup=False), plugin_files=plugin_files)
+    console.print(marked_example(job.data.train[0], job.tokenizer))
+    console.print("check passed: nothing was loaded but the tokenizer", highlight=False)
+    return job

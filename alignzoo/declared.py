@@ -1,0 +1,122 @@
+"""What a loss class must declare, compared with the contract (api.py) when it is registered. It imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+from alignzoo import schema
+from alignzoo.api import CONTRACT, KINDS, TOKEN_STATS, Loss
+from alignzoo.errors import PluginError
+
+DECLARED = ("name", "data", "Settings", "needs_reference")
+RESERVED = ("name", "weight")  # keys of [loss] that are not settings
+
+
+def _is_names(value: Any, allowed: frozenset[str] | None = None) -> bool:
+    strings = isinstance(value, set | frozenset) and all(isinstance(v, str) for v in value)
+    return strings and (allowed is None or value <= allowed)
+
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda v: isinstance(v, str) and _NAME.fullmatch(v) is not None, "lower-case letters, digits, - and _"),
+    "data": (lambda v: isinstance(v, str) and v in KINDS, "one of " + ", ".join(f'"{kind}"' for kind in KINDS)),
+    "needs_reference": (lambda v: isinstance(v, bool | property), "True, False, or a property"),
+    "contract": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+    "token_stats": (lambda v: _is_names(v, TOKEN_STATS), "a set out of " + ", ".join(sorted(TOKEN_STATS))),
+    "invariances": (_is_names, "a set of strings"),
+    "needs_mismatched": (lambda v: isinstance(v, bool), "True or False"),
+    "prepare_pass": (lambda v: isinstance(v, bool), "True or False"),
+    "paper": (lambda v: isinstance(v, str), "a string"),
+    "family": (lambda v: isinstance(v, str), "a string"),
+}
+
+
+def check_loss_class(cls: type[Loss]) -> None:
+    """Compare a class with the contract. Raises PluginError that names everything missing and wrong at once."""
+    if not (isinstance(cls, type) and issubclass(cls, Loss)):
+        raise PluginError(f"{schema.show(cls)} is not a subclass of alignzoo.Loss")
+    who = (
+        f'loss "{cls.__dict__["name"]}"' if isinstance(cls.__dict__.get("name"), str) else f"loss class {cls.__name__}"
+    )
+    contract = inspect.getattr_static(cls, "contract")
+    if type(contract) is int and contract > CONTRACT:
+        raise PluginError(
+            f"{who} is made for contract {contract} of alignzoo, and this alignzoo has contract {CONTRACT}",
+            fix="upgrade alignzoo: pip install -U alignzoo",
+        )
+    missing = [name for name in DECLARED if name not in vars(cls)]
+    faults = ["does not declare " + ", ".join(missing) + " in the class itself"] if missing else []
+    faults += _attribute_faults(cls, missing)
+    if cls.__call__ is Loss.__call__:
+        faults.append("has no __call__")
+    if "Settings" not in missing:
+        faults += _settings_faults(cls.Settings)
+    if faults:
+        raise PluginError(f"{who}{place(cls)}: " + "; ".join(faults))
+
+
+def _attribute_faults(cls: type[Loss], missing: Sequence[str]) -> list[str]:
+    values = {name: inspect.getattr_static(cls, name) for name in _RULES if name not in missing}
+    return [
+        f"{name} = {schema.show(value)} (wanted: {_RULES[name][1]})"
+        for name, value in values.items()
+        if not _RULES[name][0](value)
+    ]
+
+
+def _settings_faults(settings: Any) -> list[str]:
+    params = vars(settings).get("__dataclass_params__") if isinstance(settings, type) else None
+    if params is None or not params.frozen:
+        return ["Settings is not a frozen dataclass (@dataclass(frozen=True)); alignzoo.NoSettings is for none"]
+    try:
+        hints = schema.type_hints(settings)
+    except Exception as error:
+        return [f"the types of its Settings cannot be resolved: {type(error).__name__}: {error}"]
+    return [
+        f"setting {f.name}: {fault}" for f in dataclasses.fields(settings) for fault in _field_faults(f, hints[f.name])
+    ]
+
+
+def _field_faults(field: dataclasses.Field[Any], annotation: Any) -> list[str]:
+    if field.name in RESERVED:
+        return [f"the names {' and '.join(RESERVED)} are kept for [loss] itself"]
+    if not isinstance(field.metadata.get("spec"), schema.Spec):
+        return ["is not made with alignzoo.setting(...)"]
+    if not _is_known(annotation):
+        type_name = getattr(annotation, "__name__", None) if not typing.get_args(annotation) else None
+        return [
+            f"the type {type_name or annotation} cannot be read from a recipe "
+            "(bool, int, float, str, Literal, X | None, tuple[X, ...], dict and dataclasses can)"
+        ]
+    problems: list[schema.Problem] = []
+    if field.default is not dataclasses.MISSING:
+        schema.convert(field.default, annotation, (field.name,), problems, schema.spec_of(field))
+    return [f"its default breaks its own rules: {problem.message}" for problem in problems]
+
+
+def _is_known(annotation: Any) -> bool:
+    """Does `schema.convert` know the type."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return all(_is_known(arg) for arg in args if arg is not type(None))
+    if origin is tuple:
+        return bool(args) and all(_is_known(arg) for arg in args if arg is not Ellipsis)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return all(_is_known(hint) for hint in schema.type_hints(annotation).values())
+    known = (bool, int, float, str, dict, Mapping, Any)
+    return annotation in known or origin in (Literal, dict, typing.get_origin(Mapping[str, Any]))
+
+
+def place(thing: Any) -> str:
+    """ " (file:line)" of a function or class, "" where it has no file."""
+    with suppress(OSError, TypeError):
+        return f" ({inspect.getsourcefile(thing)}:{inspect.findsource(thing)[1] + 1})"
+    return ""

@@ -1,0 +1,274 @@
+"""A run from recipe to run directory. `run` reads as the flow: recipe, data, model, reference, engine, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+
+from alignzoo.api import Loss
+from alignzoo.batch import padded_layout
+from alignzoo.check import Job, Live, make_job
+from alignzoo.engine import TOKENS_PER_DEVICE, Engine, Record, make_accelerator
+from alignzoo.errors import AlignzooError, ModelError
+from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
+from alignzoo.model import add_adapter, hash_weights, load_model, locate, save_model, set_dropout
+from alignzoo.recipe import Recipe, load_recipe, to_table
+from alignzoo.report import Sample, figures_table, finish, samples_table, summary
+from alignzoo.rundir import RunDir, manifest, run_name
+from alignzoo.samples import answer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind. metrics: the last evaluation and training figures by their names in metrics.jsonl."""
+
+    metrics: dict[str, float]
+    run_dir: Path
+    model_path: Path
+    summary: dict[str, Any]
+
+
+def run(
+    recipe: Recipe | str | Path,
+    model: Any = None,
+    tokenizer: Any = None,
+    train: Any = None,
+    eval: Any = None,
+    losses: Sequence[type[Loss]] = (),
+    *,
+    plugins: Sequence[Path] = (),
+    console: Console | None = None,
+    command: Sequence[str] = (),
+) -> Result:
+    """Runs a recipe. Live objects take the place of what it names; `losses` are classes that need not be installed.
+
+    model, tokenizer: a transformers causal language model, trained in place, and its tokenizer
+    train, eval: lists of rows (dictionaries), or a datasets.Dataset
+    Raises AlignzooError, with everything that can be checked without the weights checked before they are loaded.
+    """
+    started, console = datetime.now().astimezone(), console or Console()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    _refuse_many_processes()
+    job = make_job(
+        recipe, _sayer(console), live=Live(model, tokenizer, train, eval), plugin_files=plugins, losses=losses
+    )
+    name = recipe.log.run_name or run_name(recipe.name, job.info.name, started)
+    run_dir = RunDir.create(Path(recipe.output.dir), name)
+    _sayer(console)(f"run directory: {run_dir.path}")
+    _write_start(job, run_dir, command, started)
+    policy, frozen = _load(job, _sayer(console))
+    engine = _engine(job, policy, frozen, run_dir, console)
+    return _train_and_report(job, engine, run_dir, console)
+
+
+def run_chain(
+    recipes: Sequence[Path], overrides: Sequence[str], plugins: Sequence[Path], command: Sequence[str]
+) -> list[Result]:
+    """`alignzoo run A B ...`: each recipe after the first starts from the model that the one before trained."""
+    console, results = Console(), []
+    loaded = [
+        load_recipe(path, overrides) for path in recipes
+    ]  # a mistake in the last one is told before the first runs
+    for number, recipe in enumerate(loaded):
+        if results:
+            start = f"run:{results[-1].run_dir}"
+            _sayer(console)(f"\nrecipe {number + 1} of {len(loaded)}: {recipes[number]}, model.path = {start}")
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=start, revision=None))
+        results.append(run(recipe, plugins=plugins, console=console, command=command))
+    return results
+
+
+def _sayer(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _refuse_many_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AlignzooError(
+            f"{os.environ['WORLD_SIZE']} processes: this version trains in one",
+            fix="start it without a launcher: alignzoo run RECIPE",
+        )
+
+
+def _write_start(job: Job, run_dir: RunDir, command: Sequence[str], started: datetime) -> None:
+    """Recipe, manifest and plugin file, before the weights are loaded."""
+    run_dir.write_recipe(to_table(job.recipe, [job.settings]))
+    owner: Mapping[str, Any] = {
+        "loss": job.info.name,
+        "distribution": job.info.distribution,
+        "version": job.info.version,
+        "label": job.info.label,
+    }
+    if job.info.distribution == "file":
+        run_dir.copy_plugin(Path(job.info.origin))
+    run_dir.write_json(
+        "manifest.json",
+        manifest(
+            command=command,
+            seed=job.recipe.train.seed,
+            started=started,
+            plugins=[owner],
+            data=job.data.report.hashes,
+            weights={} if job.location is None else hash_weights(job.location),
+            recipe_folder=job.recipe.tables.folder,
+        ),
+    )
+
+
+def _load(job: Job, say: Callable[[str], None]) -> tuple[Scorer, Scorer | None]:
+    """The policy, and the frozen reference where there is one."""
+    recipe = job.recipe
+    transformers.set_seed(recipe.train.seed)
+    model = job.live.model
+    if model is None:
+        say(f"loading {recipe.model.path} ({recipe.model.dtype})")
+        model = load_model(job.location, recipe.model, say)
+    changed = set_dropout(model, recipe.model.dropout)
+    if changed:
+        say(f"dropout: set to {recipe.model.dropout} in {changed} places of the model")
+    frozen = _load_frozen(job, model, say) if job.reference.kind == "frozen" else None
+    if recipe.model.lora is not None:
+        model = add_adapter(model, recipe.model.lora, recipe.model.quantization is not None)
+        trained, whole = model.get_nb_trainable_parameters()
+        say(f"adapter: {trained:,} of {whole:,} weights train")
+    if recipe.engine.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    scorer = Scorer(model, router_loss=recipe.model.router_loss > 0)
+    _check_model(job, scorer, say)
+    return scorer, frozen
+
+
+def _load_frozen(job: Job, start: Any, say: Callable[[str], None]) -> Scorer:
+    """The reference model: loaded from reference.path, or copied from the start model before it trains."""
+    import copy
+
+    path = job.recipe.reference.path
+    if path is None:
+        return Scorer(copy.deepcopy(start))
+    say(f"loading the reference {path}")
+    where = locate(path, job.recipe.reference.revision)
+    reference = load_model(where, dataclasses.replace(job.recipe.model, lora=None), say)
+    ours, theirs = start.config.get_text_config().vocab_size, reference.config.get_text_config().vocab_size
+    if ours != theirs:
+        raise ModelError(
+            f"reference.path = {path} has a vocabulary of {theirs} tokens, the policy one of {ours}",
+            why="their log-probs cannot be compared",
+            fix="use a reference of the same family",
+        )
+    set_dropout(reference, 0.0)
+    return Scorer(reference)
+
+
+def _check_model(job: Job, scorer: Scorer, say: Callable[[str], None]) -> None:
+    """The model fits the tokenizer, and its head is read rightly: one short forward pass."""
+    rows = scorer.causal_lm.get_input_embeddings().weight.shape[0]
+    highest = max(
+        int(ids.max()) for t in job.data.train for ids in (t.prompt, *(c.ids for c in t.completions)) if len(ids)
+    )
+    if highest >= rows:
+        raise ModelError(
+            f"the data holds token {highest}, and the model has {rows} embeddings", fix="use the model's own tokenizer"
+        )
+    mixture = is_mixture_of_experts(scorer.causal_lm)
+    if mixture and job.recipe.model.router_loss == 0:
+        say("router loss: off (model.router_loss = 0)")
+    if not mixture and job.recipe.model.router_loss > 0:
+        raise job.recipe.error(
+            ("model", "router_loss"), "model.router_loss: the model has no experts", fix="set it to 0"
+        )
+    check_scorer(scorer, padded_layout([min(job.data.train, key=lambda t: t.tokens)]))
+
+
+def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, console: Console) -> Engine:
+    recipe, say = job.recipe, _sayer(console)
+    accelerator = make_accelerator(recipe, str(run_dir.path))
+    if recipe.log.trackers:
+        accelerator.init_trackers("alignzoo", config={"loss": job.info.name, "recipe": recipe.name})
+
+    def sink(line: Record) -> None:
+        run_dir.append_metrics(line)
+
+    engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=sink)
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    source = "engine.tokens_per_device" if recipe.engine.tokens_per_device else f"the default for {engine.device.type}"
+    say(f"engine: {engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
+    if job.loss.has_prepare and job.loss.prepare_pass:
+        say(f"{job.info.name} looks at each whole step first: one more forward pass without gradients per step")
+    assert set(TOKENS_PER_DEVICE) >= {engine.device.type}
+    return engine
+
+
+def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Console) -> Result:
+    recipe, say, began = job.recipe, _sayer(console), time.monotonic()
+    asked, prompts = job.data.sample_prompts(recipe.samples, job.tokenizer, recipe.data)
+    model = engine.bare.model
+
+    def answers(title: str) -> list[str]:
+        return answer(model, job.tokenizer, prompts, recipe.samples, recipe.train.seed, console, title)
+
+    before = answers("answering before training") if prompts else []
+    fit_began = time.monotonic()
+    engine.fit(job.data.train, job.data.eval, _checkpointer(job, engine, run_dir, say))
+    seconds = time.monotonic() - fit_began
+    after = answers("answering after training") if prompts else []
+    model_path = _save(job, model, run_dir.path / "model")
+    samples = [Sample(*row) for row in zip(asked, before, after, strict=True)]
+    records = run_dir.read_metrics()
+    figures = summary(
+        records, eval_rows=len(job.data.eval), model_path=model_path, seconds=seconds, recipe=recipe.name,
+        loss=job.info.name, train_rows=len(job.data.train),
+    )  # fmt: skip
+    plot = finish(run_dir, records, samples, figures, title=f"{recipe.name}: {job.info.name}")
+    engine.accelerator.end_training()
+    if samples:
+        console.print(samples_table(samples))
+    console.print(figures_table(figures))
+    say(f"model: {model_path}\nplot:  {plot}\nall in {run_dir.path}, {time.monotonic() - began:.0f} s after loading")
+    metrics = {k: v for r in records[-2:] for k, v in r.items() if isinstance(v, int | float)}
+    return Result(metrics, run_dir.path, model_path, figures)
+
+
+def _save(job: Job, model: Any, folder: Path) -> Path:
+    merge = job.recipe.output.merge
+    return save_model(model, job.tokenizer, folder, base=_base(job), merge=merge)
+
+
+def _base(job: Job) -> str:
+    """model.path as it can be read from any working directory."""
+    path = job.recipe.model.path
+    if job.location is None or path.startswith("package:") or job.location.is_hub:
+        return path
+    scheme, _, rest = path.rpartition(":")
+    absolute = str(Path(rest).expanduser().resolve())
+    return f"{scheme}:{absolute}" if scheme else absolute
+
+
+def _checkpointer(job: Job, engine: Engine, run_dir: RunDir, say: Callable[[str], None]) -> Callable[[int], None]:
+    """Saves the model every checkpoint.every_steps steps and keeps the last few."""
+    every, keep = job.recipe.checkpoint.every_steps, job.recipe.checkpoint.keep
+    kept: list[Path] = []
+
+    def on_step(step: int) -> None:
+        if not every or step % every or step == job.steps:
+            return
+        folder = run_dir.path / "checkpoints" / f"step-{step}"
+        folder.parent.mkdir(exist_ok=True)
+        kept.append(save_model(engine.bare.model, job.tokenizer, folder, base=_base(job), merge=False))
+        say(f"saved {folder}")
+        while len(kept) > keep:
+            old = kept.pop(0)
+            shutil.rmtree(old)
+            say(f"removed {old} (checkpoint.keep = {keep})")
+
+    return on_step

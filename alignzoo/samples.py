@@ -1,0 +1,59 @@
+"""Answers of a model to some prompts, before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from alignzoo.progress import StepProgress
+from alignzoo.recipe import Samples
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[str], settings: Samples, seed: int, console: Console, title: str
+) -> list[str]:
+    """One answer for each rendered prompt, greedy at temperature 0. The model is left in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    answers = []
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            StepProgress(console, len(prompts), title) as progress,
+        ):
+            torch.manual_seed(seed)
+            for number, prompt in enumerate(prompts, start=1):
+                answers.append(_one(model, tokenizer, prompt, settings, device))
+                progress.advance(number)
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _one(model: Any, tokenizer: Any, prompt: str, settings: Samples, device: torch.device) -> str:
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": settings.temperature} if settings.temperature > 0 else {"do_sample": False}
+    )
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=_stops(model, tokenizer),
+        use_cache=True,
+        **sampling,
+    )
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _stops(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer: the generation settings' and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    found = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    return sorted(t for t in found if t is not None) or None

@@ -1,0 +1,63 @@
+"""What `alignzoo losses` and `alignzoo plugins` print in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from alignzoo.plugins import Registry
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _warn(console: Console, registry: Registry) -> None:
+    for warning in registry.warnings:
+        console.print(f"WARNING: {warning}", markup=False, highlight=False)
+
+
+def reference_in_words(row: Mapping[str, Any]) -> str:
+    needs = row["needs_reference"]
+    if isinstance(needs, bool):
+        return "yes" if needs else "no"
+    return f"by settings ({'yes' if row['needs_reference_by_default'] else 'no'})"
+
+
+def setting_in_words(setting: Mapping[str, str]) -> str:
+    """ "beta = 0.1 (> 0)" """
+    allowed = f" ({setting['range']})" if setting["range"] else ""
+    return f"{setting['name']} = {setting['default'] or 'none'}{allowed}"
+
+
+def print_losses(rows: Rows, registry: Registry) -> None:
+    """A block for each loss; broken plugins and doubled names are said below."""
+    console = Console()
+    for row in rows:
+        doubled = " (doubled: recipes cannot name it)" if row["duplicate"] else ""
+        head = f"{row['data']}, reference: {reference_in_words(row)}, from {row['distribution']} {row['version']}"
+        console.print(f"[bold]{row['name']}[/bold]{doubled}  {head}", highlight=False)
+        grid = Table.grid(padding=(0, 2))
+        console.print(f"  {row['paper'] or 'no paper'}", highlight=False, markup=False)
+        for setting in row["settings"]:
+            grid.add_row("", setting_in_words(setting), setting["help"])
+        console.print(grid)
+    _warn(console, registry)
+    for status in registry.statuses():
+        if status.state == "broken":
+            line = f'broken plugin "{status.label}" ({status.distribution} {status.version}): {status.error}'
+            console.print(line, markup=False, highlight=False)
+
+
+def print_plugins(rows: Rows, registry: Registry) -> None:
+    """A table of all plugins, with the error of each broken one."""
+    console = Console()
+    table = Table(title="plugins", show_lines=True)
+    for column in ("label", "distribution", "version", "state", "losses or error"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        what = row["error"] or ", ".join(row["losses"]) or "-"
+        table.add_row(row["label"], row["distribution"], row["version"], row["state"], what)
+    console.print(table)
+    _warn(console, registry)
