@@ -12,7 +12,9 @@ from rich.console import Console
 
 from alignzoo.api import Loss
 from alignzoo.batch import count_steps
-from alignzoo.data import Prepared, marked_example, prepare
+from alignzoo.data.dataset import Prepared, prepare
+from alignzoo.data.show import marked_example, rendered_row
+from alignzoo.data.tokenise import ensure_pad_token
 from alignzoo.errors import ModelError
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
 from alignzoo.recipe import Recipe, problems_error
@@ -81,6 +83,7 @@ def make_job(
     if tokenizer is None and location is not None:
         say(f"loading the tokenizer of {recipe.model.path}")
         tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
+    say(ensure_pad_token(tokenizer))
     data = prepare(
         recipe.data,
         loss.data,
@@ -91,6 +94,7 @@ def make_job(
         seed=recipe.train.seed,
         say=say,
     )
+    say(f"the first row as text: {rendered_row(data.train[0], tokenizer)}")
     train = recipe.train
     steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
     say(describe_steps(recipe, data, steps))

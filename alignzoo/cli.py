@@ -84,7 +84,7 @@ def data_show(path: str, rows: int, split: str | None) -> None:
     """Print what alignzoo reads from PATH: format, kind, columns, counts and the first rows."""
     from rich.console import Console
 
-    from alignzoo.data import show_rows
+    from alignzoo.data.show import show_rows
 
     Console().print(show_rows(path, rows, split=split))
 

@@ -18,6 +18,8 @@ from rich.console import Console
 from alignzoo.api import Loss
 from alignzoo.batch import padded_layout
 from alignzoo.check import Job, Live, make_job
+from alignzoo.data.template import choose_template
+from alignzoo.data.tokenise import prompt_ids
 from alignzoo.engine import TOKENS_PER_DEVICE, Engine, Record, make_accelerator
 from alignzoo.errors import AlignzooError, ModelError
 from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
@@ -118,7 +120,7 @@ def _write_start(job: Job, run_dir: RunDir, command: Sequence[str], started: dat
             seed=job.recipe.train.seed,
             started=started,
             plugins=[owner],
-            data=job.data.report.hashes,
+            data={f"{s.role}: {s.path}": s.sha256 for s in job.data.report.sources},
             weights={} if job.location is None else hash_weights(job.location),
             recipe_folder=job.recipe.tables.folder,
         ),
@@ -211,7 +213,7 @@ def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, co
 
 def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Console) -> Result:
     recipe, say, began = job.recipe, _sayer(console), time.monotonic()
-    asked, prompts = job.data.sample_prompts(recipe.samples, job.tokenizer, recipe.data)
+    asked, prompts = sample_prompts(job)
     model = engine.bare.model
 
     def answers(title: str) -> list[str]:
@@ -237,6 +239,19 @@ def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Consol
     say(f"model: {model_path}\nplot:  {plot}\nall in {run_dir.path}, {time.monotonic() - began:.0f} s after loading")
     metrics = {k: v for r in records[-2:] for k, v in r.items() if isinstance(v, int | float)}
     return Result(metrics, run_dir.path, model_path, figures)
+
+
+def sample_prompts(job: Job) -> tuple[list[str], list[list[int]]]:
+    """samples.prompts and samples.from_eval held-out ones, evenly spread: as a person reads them, and as token ids."""
+    settings, held_out = job.recipe.samples, job.data.eval
+    template = choose_template(job.recipe.data, job.tokenizer)
+    asked = list(settings.prompts)
+    ids = [prompt_ids(text, template, job.tokenizer, settings.system) for text in asked]
+    count = min(settings.from_eval, len(held_out))
+    for i in (n * len(held_out) // count for n in range(count)):
+        asked.append(job.data.asked[i])
+        ids.append(held_out[i].prompt.tolist())
+    return asked, ids
 
 
 def _save(job: Job, model: Any, folder: Path) -> Path:

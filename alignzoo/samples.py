@@ -14,9 +14,15 @@ from alignzoo.recipe import Samples
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[str], settings: Samples, seed: int, console: Console, title: str
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: Samples,
+    seed: int,
+    console: Console,
+    title: str,
 ) -> list[str]:
-    """One answer for each rendered prompt, greedy at temperature 0. The model is left in the mode that it was in."""
+    """One answer for each prompt (token ids), greedy at temperature 0. The model is left in the mode that it was in."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -35,8 +41,8 @@ def answer(
     return answers
 
 
-def _one(model: Any, tokenizer: Any, prompt: str, settings: Samples, device: torch.device) -> str:
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+def _one(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Samples, device: torch.device) -> str:
+    ids = torch.tensor([list(prompt)], device=device)  # one at a time: no padding, so no padding to get wrong
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature > 0 else {"do_sample": False}
     )

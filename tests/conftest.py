@@ -77,7 +77,10 @@ def tokenizer() -> Any:
     raw.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     rows = [json.loads(line) for line in (REPO / "recipes/data/shop_train.jsonl").read_text().splitlines()]
     raw.train_from_iterator([row[key] for row in rows for key in ("prompt", "chosen", "rejected")], trainer)

@@ -1,0 +1,1 @@
+"""Rows of files -> examples -> token trees. Nothing here imports torch, and `datasets` only where it is used."""

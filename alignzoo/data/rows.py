@@ -1,0 +1,129 @@
+"""What passes between the stages: a row of a file, an example, what is wrong with a row, and the counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignzoo.errors import DataError
+
+Message = Mapping[str, Any]
+Messages = tuple[Message, ...]
+Turns = str | Messages
+
+SHOWN = 5  # bad rows that an error names
+
+REASONS = {  # reason: in words. Bad rows, then what does not fit, then what is cut
+    "invalid-json": "not valid JSON",
+    "invalid-utf8": "not UTF-8 text",
+    "field-count": "more or fewer fields than the header",
+    "not-an-object": "not an object with columns",
+    "missing-column": "a column is missing or null",
+    "not-text": "a column is neither text nor a list of messages",
+    "not-unicode": "text with half a surrogate pair",
+    "no-prompt": "no prompt",
+    "unknown-role": "a message has an unknown role",
+    "no-assistant-turn": "the conversation does not end with an assistant turn",
+    "not-assistant": "the completion holds a turn that is not the assistant's",
+    "empty-completion": "a completion is empty",
+    "chosen-equals-rejected": "chosen equals rejected",
+    "label-not-bool": "the label is neither true nor false",
+    "keep-not-a-number": "a column of data.keep is not a number",
+    "template-error": "the chat template refused the conversation",
+    "prompt-not-prefix": "the chat template writes the prompt in another way when a completion follows",
+    "no-context": "nothing stands before the first token to be learned",
+    "too-long": "prompt and completion are longer than data.max_length",
+    "prompt-too-long": "the prompt is longer than data.max_prompt_length",
+    "completion-too-long": "a completion is longer than data.max_completion_length",
+    "no-room-for-prompt": "the completion alone fills data.max_length",
+    "no-room-for-completion": "the prompt alone fills data.max_length",
+    "equal-after-cut": "cut to data's limits, chosen equals rejected",
+    "weight": "left out by the source's weight",
+    "prompt-left": "prompt cut at its start",
+    "completion-right": "completion cut at its end",
+    "mismatched-right": "mismatched completion cut at its end to fit data.max_length after this prompt",
+}
+
+
+class BadRow(Exception):
+    """A row that cannot be used. `reason` is a key of REASONS, `text` says what is wrong with this row."""
+
+    def __init__(self, reason: str, text: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.text = reason, text or REASONS[reason]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source. `problem` is set where it could not even be read."""
+
+    where: str  # "file:line" or "file row N", from 1
+    values: Mapping[str, Any]
+    problem: BadRow | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row in alignzoo's terms. Prompt and completions are all text, or all messages."""
+
+    kind: str  # demonstrations, pairs or labelled
+    prompt: Turns
+    completions: tuple[Turns, ...]  # pairs: (chosen, rejected)
+    label: bool | None = None  # labelled
+    extra: Mapping[str, float] = field(default_factory=dict)  # the columns of data.keep
+    where: str = ""
+
+
+@dataclass
+class Tally:
+    """What happened to the rows of one source."""
+
+    read: int = 0
+    examples: int = 0  # after conversion to the kind that the loss wants
+    kept: int = 0  # examples that became token trees
+    counted: int = 0  # the same under the source's weight
+    bad: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)  # what warnings are made of
+    shown: list[str] = field(default_factory=list)  # the first bad rows, in words
+
+    def add_bad(self, where: str, problem: BadRow) -> None:
+        self.bad[problem.reason] += 1
+        if len(self.shown) < SHOWN:
+            text = problem.text.encode("utf-8", "backslashreplace").decode()  # a row may hold what no terminal prints
+            self.shown.append(f"{where}: {text} [{problem.reason}]")
+
+
+def bad_rows_error(tallies: list[Tally]) -> DataError:
+    """The error of on_bad_row = "fail": the first bad rows and how many there are of each kind."""
+    counts: Counter[str] = sum((t.bad for t in tallies), Counter())
+    shown = [line for t in tallies for line in t.shown][:SHOWN]
+    total, read = counts.total(), sum(t.read for t in tallies)
+    more = [f"... and {total - len(shown)} more"] if total > len(shown) else []
+    return DataError(
+        "\n    ".join([f"{total} of {read} rows cannot be used:", *shown, *more]),
+        why="; ".join(f"{n} x {reason}: {REASONS[reason]}" for reason, n in counts.most_common()),
+        fix='mend them, or set data.on_bad_row = "skip" to leave them out and count them',
+    )
+
+
+def content_hash(*parts: Any, salt: str = "") -> bytes:
+    """sha256 of plain values, independent of the order of keys. Different salts give independent choices."""
+    try:
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys of several types, cycles, deep nesting: live objects only
+        text = repr(parts)
+    return hashlib.sha256(salt.encode() + b"\0" + text.encode("utf-8", "surrogatepass")).digest()
+
+
+def describe(value: Any) -> str:
+    """The type of a JSON value in words."""
+    if value is None:
+        return "null"
+    words = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return words.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,150 @@
+"""What people see of data: one row with prompt, completions and mask marked, and the first rows of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from alignzoo.data.reading import Reading, read
+from alignzoo.data.rows import REASONS, Example, Turns
+from alignzoo.data.sources import open_source
+from alignzoo.errors import DataError
+from alignzoo.recipe import Data, Source
+from alignzoo.tree import Completion, Ids, Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPEN, CLOSE = "⟦", "⟧"  # around what is learned
+_NAMES = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "labelled": ("completion",)}
+_LABELS = {True: "desirable", False: "undesirable"}
+
+
+def marked_example(tree: Tree, tokenizer: PreTrainedTokenizerBase, limit: int = 2000) -> Text:
+    """Prompt, completions and mask of a tree, readable without colour: brackets stand around what is learned.
+
+    limit: characters of each part; the middle of a longer one is left out.
+    """
+    text = Text()
+    _section(text, f"prompt ({len(tree.prompt)} tokens, not learned)")
+    text.append(_shortened(_decoded(tree.prompt, tokenizer), limit) + "\n", style="dim")
+    for name, completion in _named_branches(tree):
+        _section(text, f"{name} ({len(completion.ids)} tokens, {completion.counted} learned)")
+        _marked(text, completion, tokenizer, limit)
+    text.append(f"{OPEN} {CLOSE} what is learned; from {tree.where or 'row ' + str(tree.row)}", style="italic")
+    return text
+
+
+def rendered_row(tree: Tree, tokenizer: PreTrainedTokenizerBase, limit: int = 600) -> str:
+    """The same as plain text, for logs."""
+    return marked_example(tree, tokenizer, limit).plain
+
+
+def _named_branches(tree: Tree) -> Iterator[tuple[str, Completion]]:
+    if tree.label is not None:
+        names = [f"completion, {_LABELS[tree.label]}"]
+    elif tree.rewards is not None:
+        names = [f"completion {i}, reward {reward:g}" for i, reward in enumerate(tree.rewards, start=1)]
+    else:
+        names = ["chosen", "rejected"] if len(tree.completions) == 2 else ["completion"] * len(tree.completions)
+    yield from zip(names, tree.completions, strict=True)
+    if tree.mismatched is not None:
+        yield "mismatched, of another prompt and never learned", tree.mismatched
+
+
+def _section(text: Text, title: str) -> None:
+    text.append(f"--- {title}\n", style="bold")
+
+
+def _marked(text: Text, completion: Completion, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    mask = [True] * len(completion.ids) if completion.mask is None else completion.mask.tolist()
+    start = 0
+    for learned, run in groupby(mask):
+        end = start + len(list(run))
+        part = _shortened(_decoded(completion.ids[start:end], tokenizer), limit)
+        text.append(f"{OPEN}{part}{CLOSE}" if learned else part, style="green" if learned else "dim")
+        start = end
+    text.append("\n")
+
+
+def _decoded(ids: Ids, tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _shortened(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+
+
+# --- alignzoo data show
+
+
+def show_rows(
+    path: str,
+    limit: int = 3,
+    *,
+    split: str | None = None,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    width: int = 500,
+) -> RenderableType:
+    """What a source holds: format, kind, columns, all rows counted by reason, and the first `limit` rows.
+
+    width: characters shown of each prompt and completion. Raises DataError as `prepare` does, but for single bad rows.
+    """
+    source = Source(path=path, split=split, format=format, columns=columns or {})
+    reading = read(open_source(source), source, Data(train=path, on_bad_row="skip"))
+    first: list[Example] = []
+    for example in reading.examples:
+        if len(first) < limit:
+            first.append(example)
+    if reading.format is None:
+        raise DataError("\n    ".join([f"{reading.name}: no row can be read", *reading.tally.shown]))
+    return Group(_summary(reading), *(_example_table(example, width) for example in first))
+
+
+def _summary(reading: Reading) -> Table:
+    tally, known = reading.tally, reading.format
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text("source", style="bold"), Text(reading.name))
+    if known is not None:
+        table.add_row(Text("format", style="bold"), Text(f"{known.name}: {known.description}"))
+        table.add_row(Text("kind", style="bold"), Text(known.kind))
+    table.add_row(Text("columns", style="bold"), Text(", ".join(reading.columns)))
+    if reading.unused:
+        table.add_row(Text("not used", style="bold"), Text(", ".join(reading.unused)))
+    table.add_row(Text("rows", style="bold"), Text(f"{tally.read} read, {tally.examples} usable"))
+    for reason, count in tally.bad.most_common():
+        table.add_row("", Text(f"{count} bad: {REASONS[reason]} [{reason}]", style="red"))
+    for line in tally.shown:
+        table.add_row("", Text(line, style="red"))
+    return table
+
+
+def _example_table(example: Example, width: int) -> Table:
+    table = Table(title=Text(example.where), title_justify="left", show_header=False, expand=True)
+    table.add_column(width=10)
+    table.add_column(ratio=1, overflow="fold")
+    for name, turns in _named_turns(example):
+        table.add_row(Text(name, style="bold"), Text(_shortened(_turns_text(turns), width)))
+    return table
+
+
+def _named_turns(example: Example) -> Iterator[tuple[str, Any]]:
+    yield "prompt", example.prompt
+    yield from zip(_NAMES[example.kind], example.completions, strict=True)
+    if example.label is not None:
+        yield "label", f"{str(example.label).lower()} ({_LABELS[example.label]})"
+
+
+def _turns_text(turns: Turns | Sequence[Any]) -> str:
+    if isinstance(turns, str):
+        return turns
+    return "\n".join(f"{message['role']}: {message['content']}" for message in turns)
