@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ from rich.console import Console
 from alignzoo.api import Loss
 from alignzoo.batch import count_steps
 from alignzoo.data.dataset import Prepared, prepare
-from alignzoo.data.show import marked_example, rendered_row
+from alignzoo.data.show import marked_example
 from alignzoo.data.tokenise import ensure_pad_token
 from alignzoo.errors import ModelError
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
+from alignzoo.progress import Say, sayer
 from alignzoo.recipe import Recipe, problems_error
 from alignzoo.reference import ReferencePlan, plan_reference
 from alignzoo.schema import Problem, show
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,6 @@ def make_job(
         seed=recipe.train.seed,
         say=say,
     )
-    say(f"the first row as text: {rendered_row(data.train[0], tokenizer)}")
     train = recipe.train
     steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
     say(describe_steps(recipe, data, steps))
@@ -129,23 +127,12 @@ def describe_steps(recipe: Recipe, data: Prepared, steps: int) -> str:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Optimizer, schedule and trackers by their names, before anything is loaded."""
+    """Optimizer, schedule, device and trackers, before anything is loaded."""
+    from alignzoo.engine import check_machine
     from alignzoo.optim import check_names
 
     check_names(recipe)
-    if not recipe.log.trackers:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    installed = sorted(str(getattr(t, "value", t)) for t in get_available_trackers())
-    for tracker in recipe.log.trackers:
-        if tracker not in installed:
-            known = tracker in LOGGER_TYPE_TO_CLASS
-            raise recipe.error(
-                ("log", "trackers"),
-                f'log.trackers: "{tracker}" is {"not installed" if known else "no tracker that accelerate knows"}',
-                fix=f"pip install {tracker}" if known else "one of " + ", ".join(sorted(LOGGER_TYPE_TO_CLASS)),
-            )
+    check_machine(recipe)
 
 
 def _warn(recipe: Recipe, loss: Loss, tokenizer: Any, say: Say) -> None:
@@ -163,7 +150,7 @@ def _warn(recipe: Recipe, loss: Loss, tokenizer: Any, say: Say) -> None:
 
 def check(recipe: Recipe, console: Console, plugin_files: Sequence[Path] = ()) -> Job:
     """`alignzoo check`: the job in words, and the first example with prompt, completion and mask marked."""
-    job = make_job(recipe, lambda text: console.print(text, highlight=False, markup=False), plugin_files=plugin_files)
+    job = make_job(recipe, sayer(console), plugin_files=plugin_files)
     console.print(marked_example(job.data.train[0], job.tokenizer))
     console.print("check passed: nothing was loaded but the tokenizer", highlight=False)
     return job

@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from alignzoo import __version__
 from alignzoo.errors import AlignzooError
+
+if TYPE_CHECKING:
+    from alignzoo.plugins import Registry
 
 
 class _Group(click.Group):
@@ -53,6 +56,10 @@ def run(recipes: tuple[Path, ...], overrides: tuple[str, ...], plugins: tuple[Pa
 
     With several recipes each starts from the model that the one before has trained. --set and --plugin hold for all.
     """
+    from alignzoo.recipe import load_recipe
+
+    for path in recipes:  # a mistake is told at once: the next import takes seconds
+        load_recipe(path, overrides)
     from alignzoo.runner import run_chain
 
     run_chain(recipes, overrides, plugins, command=sys.argv)
@@ -63,12 +70,14 @@ def run(recipes: tuple[Path, ...], overrides: tuple[str, ...], plugins: tuple[Pa
 @_recipe_options
 def check(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...]) -> None:
     """Check RECIPE: everything short of loading the weights."""
+    from alignzoo.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
     from rich.console import Console
 
     from alignzoo.check import check as run_check
-    from alignzoo.recipe import load_recipe
 
-    run_check(load_recipe(recipe, overrides), Console(), plugins)
+    run_check(loaded, Console(), plugins)
 
 
 @cli.group()
@@ -100,7 +109,7 @@ def losses(as_json: bool, plugins: tuple[Path, ...]) -> None:
 
     registry = discover(plugins)
     rows = loss_table(registry)
-    click.echo(json.dumps(rows, indent=2)) if as_json else print_losses(rows, registry)
+    _echo_json(rows, registry) if as_json else print_losses(rows, registry)
 
 
 @cli.command()
@@ -112,4 +121,11 @@ def plugins(as_json: bool) -> None:
 
     registry = discover()
     rows = plugin_table(registry)
-    click.echo(json.dumps(rows, indent=2)) if as_json else print_plugins(rows, registry)
+    _echo_json(rows, registry) if as_json else print_plugins(rows, registry)
+
+
+def _echo_json(rows: list[dict[str, Any]], registry: Registry) -> None:
+    """The rows on stdout, and warnings where they cannot spoil them."""
+    for warning in registry.warnings:
+        click.echo(f"WARNING: {warning}", err=True)
+    click.echo(json.dumps(rows, indent=2))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from rich.console import Console
 from torch import Tensor
 
@@ -76,23 +77,30 @@ class Tally:
     skipped: int = 0
 
 
-def make_accelerator(recipe: Recipe, project_dir: str) -> Accelerator:
-    """An accelerator for the device and precision of the recipe."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may want another precision
-    cpu = recipe.engine.device == "cpu" or not torch.cuda.is_available()
-    if recipe.engine.device == "cuda" and cpu:
+def check_machine(recipe: Recipe) -> None:
+    """Raises RecipeError where this machine lacks the device, the precision or a tracker that the recipe asks for."""
+    choose_precision(recipe)
+    installed = {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    for tracker in recipe.log.trackers:
+        if tracker not in installed:
+            known = tracker in LOGGER_TYPE_TO_CLASS
+            raise recipe.error(
+                ("log", "trackers"),
+                f'log.trackers: "{tracker}" is {"not installed" if known else "no tracker that accelerate knows"}',
+                fix=f"pip install {tracker}" if known else "one of " + ", ".join(sorted(LOGGER_TYPE_TO_CLASS)),
+            )
+
+
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether the recipe computes on the CPU here."""
+    if recipe.engine.device == "cuda" and not torch.cuda.is_available():
         raise recipe.error(("engine", "device"), 'engine.device = "cuda", and torch sees no GPU here')
-    precision = choose_precision(recipe, cpu)
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(recipe.log.trackers) or None,
-        project_dir=project_dir,
-    )
+    return recipe.engine.device == "cpu" or not torch.cuda.is_available()
 
 
-def choose_precision(recipe: Recipe, cpu: bool) -> str:
-    wanted = recipe.engine.precision
+def choose_precision(recipe: Recipe) -> str:
+    """engine.precision on this machine: "fp32", "bf16" or "fp16"."""
+    wanted, cpu = recipe.engine.precision, on_cpu(recipe)
     if wanted == "auto":
         return "bf16" if not cpu and torch.cuda.is_bf16_supported() else "fp32"
     if wanted == "fp16" and cpu:
@@ -100,6 +108,18 @@ def choose_precision(recipe: Recipe, cpu: bool) -> str:
             ("engine", "precision"), 'engine.precision = "fp16" needs a GPU', fix='use "fp32" or "bf16" on a CPU'
         )
     return wanted
+
+
+def make_accelerator(recipe: Recipe, project_dir: str) -> Accelerator:
+    """An accelerator for the device and precision of the recipe."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may want another precision
+    precision = choose_precision(recipe)
+    return Accelerator(
+        cpu=on_cpu(recipe),
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(recipe.log.trackers) or None,
+        project_dir=project_dir,
+    )
 
 
 class Engine:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignzoo.errors import ModelError
+from alignzoo.progress import Say
 from alignzoo.recipe import LoRA, Model
 from alignzoo.rundir import hash_file
 
-Say = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 BASE_FILE = "alignzoo_base.json"  # beside an adapter: where its base came from, as model.path had it

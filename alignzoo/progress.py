@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Say = Callable[[str], None]
+
+
+def sayer(console: Console) -> Say:
+    """Prints a line as it is: no markup, no wrapping, no colours."""
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
 
 _SHOWN = {"loss": "loss", "accuracies": "acc", "margins": "margin", "tokens_per_second": "tok/s"}
 

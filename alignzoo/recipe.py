@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from alignzoo.errors import RecipeError
 from alignzoo.recipe_file import Tables, read_tables, tables_from
 from alignzoo.schema import Path as Key
-from alignzoo.schema import Problem, Raw, build, convert, nearest, parse_raw, setting
+from alignzoo.schema import Problem, Raw, build, convert, nearest, parse_raw, setting, show
 from alignzoo.schema import Spec as _Spec
 
 REQUIRED: Any = MISSING
@@ -164,7 +165,7 @@ class LossChoice:
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    path: Key = ("loss",)
+    path: Key = field(default=("loss",), compare=False)
 
 
 @dataclass(frozen=True)
@@ -211,9 +212,10 @@ def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] |
     losses = _loss_choices(tables.content.get("loss"), problems)
     if problems:
         raise problems_error(tables, problems)
-    recipe = Recipe(losses=losses, tables=tables, **sections)
-    recipe = _resolve_paths(recipe)
-    _check_sense(recipe)
+    recipe = _resolve_paths(Recipe(losses=losses, tables=tables, **sections))
+    problems = list(_sense_problems(recipe))
+    if problems:
+        raise problems_error(tables, problems)
     return recipe
 
 
@@ -225,10 +227,7 @@ def problems_error(tables: Tables, problems: Sequence[Problem]) -> RecipeError:
 
 
 def _build_sections(content: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    for key in content:
-        if key not in SECTIONS and key != "loss":
-            kind = "section" if isinstance(content[key], Mapping) else "key"
-            problems.append(Problem((key,), f'unknown {kind} "{key}"{nearest(key, [*SECTIONS, "loss", "extends"])}'))
+    problems.extend(Problem((key,), _unknown(key, content[key])) for key in content if key not in (*SECTIONS, "loss"))
     built: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
         table = content.get(name, {})
@@ -241,6 +240,18 @@ def _build_sections(content: Mapping[str, Any], problems: list[Problem]) -> dict
     return built
 
 
+def _unknown(key: str, value: Any) -> str:
+    """What is wrong with a name at the top of a recipe, and which name may be meant."""
+    if key == "extends":
+        return "extends is read in a recipe file only: write it there"
+    homes = [name for name, cls in SECTIONS.items() if key in {f.name for f in dataclasses.fields(cls)}]
+    if homes and not isinstance(value, Mapping):
+        meant = " or ".join(f"{name}.{key}" for name in homes)
+        return f'"{key}" stands before any section (did you mean {meant}?)'
+    kind = "section" if isinstance(value, Mapping) else "key"
+    return f'unknown {kind} "{key}"{nearest(key, [*SECTIONS, "loss", "extends"])}'
+
+
 def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...]:
     if isinstance(tables, Raw):
         tables = parse_raw(tables, dict)
@@ -250,53 +261,61 @@ def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...
     choices = []
     for i, table in enumerate(listed):
         path: Key = ("loss", i) if isinstance(tables, list) else ("loss",)
-        if not isinstance(table, Mapping) or "name" not in table:
+        if isinstance(table, Raw):
+            table = parse_raw(table, dict)
+        if table is not None and not isinstance(table, Mapping):
+            problems.append(Problem(path, f'loss = {show(table)} is no table: write [loss] with name = "..."'))
+        elif table is None or "name" not in table:
             problems.append(Problem(path, 'a [loss] section with a "name" is missing; `alignzoo losses` lists them'))
-            continue
-        name = convert(table["name"], str, (*path, "name"), problems, _Spec(""))
-        settings = {k: v for k, v in table.items() if k != "name"}
-        choices.append(LossChoice(str(name), settings, path))
+        else:
+            name = convert(table["name"], str, (*path, "name"), problems, _Spec(""))
+            choices.append(LossChoice(str(name), {k: v for k, v in table.items() if k != "name"}, path))
     return tuple(choices)
 
 
 def _resolve_paths(recipe: Recipe) -> Recipe:
-    """Relative data paths against the recipe's folder; a name that is no file there is left for the hub."""
-    folder = recipe.tables.folder
+    """Relative data paths against the folder of the file that wrote them, else against the working directory.
 
-    def resolve(value: str) -> str:
-        local = folder / Path(value).expanduser()
-        return str(local.resolve()) if local.exists() else value
+    A name that is no file in either is left for the hub.
+    """
 
-    def sources(value: Any) -> tuple[Source, ...] | None:
+    def resolve(value: str, key: Key) -> str:
+        for folder in (recipe.tables.folder_of(key), Path()):
+            with suppress(OSError, RuntimeError, ValueError):  # a name too long, ~nobody, a null byte: no file
+                local = folder / Path(value).expanduser()
+                if local.exists():
+                    return str(local.resolve())
+        return value
+
+    def sources(key: Key, value: Any) -> tuple[Source, ...] | None:
         if value is None:
             return None
-        listed = (Source(path=value),) if isinstance(value, str) else value
-        return tuple(replace(s, path=resolve(s.path)) for s in listed)
+        if isinstance(value, str):
+            return (Source(path=resolve(value, key)),)
+        return tuple(replace(s, path=resolve(s.path, (*key, i, "path"))) for i, s in enumerate(value))
 
-    data = replace(recipe.data, train=sources(recipe.data.train) or (), eval=sources(recipe.data.eval))
+    data = recipe.data
+    train, held_out = (sources(("data", key), getattr(data, key)) for key in ("train", "eval"))
     template = data.chat_template
     if template not in ("auto", "none"):
-        data = replace(data, chat_template=resolve(template))
-    return replace(recipe, data=data)
+        template = resolve(template, ("data", "chat_template"))
+    return replace(recipe, data=replace(data, train=train or (), eval=held_out, chat_template=template))
 
 
-def _check_sense(recipe: Recipe) -> None:
+def _sense_problems(recipe: Recipe) -> Iterator[Problem]:
     """What no single key can tell."""
-    data, model = recipe.data, recipe.model
+    data, model, train = recipe.data, recipe.model, recipe.train
     if data.eval is not None and data.eval_fraction > 0:
-        raise recipe.error(("data", "eval_fraction"), "data.eval and data.eval_fraction are both given", fix="keep one")
-    if not data.train:
-        raise recipe.error(("data", "train"), "data.train is an empty list", fix="name at least one file")
+        yield Problem(("data", "eval_fraction"), "data.eval is given too: keep one of them")
+    for key in ("train", "eval"):
+        if getattr(data, key) == ():
+            yield Problem(("data", key), "an empty list: name at least one file")
     if model.quantization and model.lora is None:
-        raise recipe.error(
-            ("model", "quantization"),
-            f'model.quantization = "{model.quantization}" without model.lora',
-            why="quantised weights cannot be trained",
-            fix="add [model.lora]",
-        )
-    warmup, most = recipe.train.warmup_steps, recipe.train.max_steps
-    if warmup is not None and most is not None and warmup > most:
-        raise recipe.error(("train", "warmup_steps"), f"train.warmup_steps = {warmup} is more than max_steps = {most}")
+        yield Problem(("model", "quantization"), "quantised weights cannot be trained: add [model.lora]")
+    if recipe.reference.revision is not None and recipe.reference.path is None:
+        yield Problem(("reference", "revision"), "there is no reference.path that it could be a revision of")
+    if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:
+        yield Problem(("train", "warmup_steps"), f"{train.warmup_steps} is more than max_steps = {train.max_steps}")
 
 
 def to_table(recipe: Recipe, loss_settings: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:

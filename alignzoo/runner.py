@@ -18,12 +18,14 @@ from rich.console import Console
 from alignzoo.api import Loss
 from alignzoo.batch import padded_layout
 from alignzoo.check import Job, Live, make_job
+from alignzoo.data.show import rendered_row
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import prompt_ids
-from alignzoo.engine import TOKENS_PER_DEVICE, Engine, Record, make_accelerator
+from alignzoo.engine import Engine, Record, make_accelerator
 from alignzoo.errors import AlignzooError, ModelError
 from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
 from alignzoo.model import add_adapter, hash_weights, load_model, locate, save_model, set_dropout
+from alignzoo.progress import Say, sayer
 from alignzoo.recipe import Recipe, load_recipe, to_table
 from alignzoo.report import Sample, figures_table, finish, samples_table, summary
 from alignzoo.rundir import RunDir, manifest, run_name
@@ -59,16 +61,16 @@ def run(
     Raises AlignzooError, with everything that can be checked without the weights checked before they are loaded.
     """
     started, console = datetime.now().astimezone(), console or Console()
+    say = sayer(console)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     _refuse_many_processes()
-    job = make_job(
-        recipe, _sayer(console), live=Live(model, tokenizer, train, eval), plugin_files=plugins, losses=losses
-    )
+    job = make_job(recipe, say, live=Live(model, tokenizer, train, eval), plugin_files=plugins, losses=losses)
     name = recipe.log.run_name or run_name(recipe.name, job.info.name, started)
     run_dir = RunDir.create(Path(recipe.output.dir), name)
-    _sayer(console)(f"run directory: {run_dir.path}")
+    say(f"run directory: {run_dir.path}")
+    say(f"the first row as text: {rendered_row(job.data.train[0], job.tokenizer)}")
     _write_start(job, run_dir, command, started)
-    policy, frozen = _load(job, _sayer(console))
+    policy, frozen = _load(job, say)
     engine = _engine(job, policy, frozen, run_dir, console)
     return _train_and_report(job, engine, run_dir, console)
 
@@ -77,21 +79,18 @@ def run_chain(
     recipes: Sequence[Path], overrides: Sequence[str], plugins: Sequence[Path], command: Sequence[str]
 ) -> list[Result]:
     """`alignzoo run A B ...`: each recipe after the first starts from the model that the one before trained."""
-    console, results = Console(), []
+    console = Console()
+    results: list[Result] = []
     loaded = [
         load_recipe(path, overrides) for path in recipes
     ]  # a mistake in the last one is told before the first runs
     for number, recipe in enumerate(loaded):
         if results:
             start = f"run:{results[-1].run_dir}"
-            _sayer(console)(f"\nrecipe {number + 1} of {len(loaded)}: {recipes[number]}, model.path = {start}")
+            sayer(console)(f"\nrecipe {number + 1} of {len(loaded)}: {recipes[number]}, model.path = {start}")
             recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=start, revision=None))
         results.append(run(recipe, plugins=plugins, console=console, command=command))
     return results
-
-
-def _sayer(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _refuse_many_processes() -> None:
@@ -127,7 +126,7 @@ def _write_start(job: Job, run_dir: RunDir, command: Sequence[str], started: dat
     )
 
 
-def _load(job: Job, say: Callable[[str], None]) -> tuple[Scorer, Scorer | None]:
+def _load(job: Job, say: Say) -> tuple[Scorer, Scorer | None]:
     """The policy, and the frozen reference where there is one."""
     recipe = job.recipe
     transformers.set_seed(recipe.train.seed)
@@ -151,7 +150,7 @@ def _load(job: Job, say: Callable[[str], None]) -> tuple[Scorer, Scorer | None]:
     return scorer, frozen
 
 
-def _load_frozen(job: Job, start: Any, say: Callable[[str], None]) -> Scorer:
+def _load_frozen(job: Job, start: Any, say: Say) -> Scorer:
     """The reference model: loaded from reference.path, or copied from the start model before it trains."""
     import copy
 
@@ -172,7 +171,7 @@ def _load_frozen(job: Job, start: Any, say: Callable[[str], None]) -> Scorer:
     return Scorer(reference)
 
 
-def _check_model(job: Job, scorer: Scorer, say: Callable[[str], None]) -> None:
+def _check_model(job: Job, scorer: Scorer, say: Say) -> None:
     """The model fits the tokenizer, and its head is read rightly: one short forward pass."""
     rows = scorer.causal_lm.get_input_embeddings().weight.shape[0]
     highest = max(
@@ -193,7 +192,7 @@ def _check_model(job: Job, scorer: Scorer, say: Callable[[str], None]) -> None:
 
 
 def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, console: Console) -> Engine:
-    recipe, say = job.recipe, _sayer(console)
+    recipe, say = job.recipe, sayer(console)
     accelerator = make_accelerator(recipe, str(run_dir.path))
     if recipe.log.trackers:
         accelerator.init_trackers("alignzoo", config={"loss": job.info.name, "recipe": recipe.name})
@@ -207,12 +206,11 @@ def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, co
     say(f"engine: {engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
     if job.loss.has_prepare and job.loss.prepare_pass:
         say(f"{job.info.name} looks at each whole step first: one more forward pass without gradients per step")
-    assert set(TOKENS_PER_DEVICE) >= {engine.device.type}
     return engine
 
 
 def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Console) -> Result:
-    recipe, say, began = job.recipe, _sayer(console), time.monotonic()
+    recipe, say, began = job.recipe, sayer(console), time.monotonic()
     asked, prompts = sample_prompts(job)
     model = engine.bare.model
 
@@ -269,7 +267,7 @@ def _base(job: Job) -> str:
     return f"{scheme}:{absolute}" if scheme else absolute
 
 
-def _checkpointer(job: Job, engine: Engine, run_dir: RunDir, say: Callable[[str], None]) -> Callable[[int], None]:
+def _checkpointer(job: Job, engine: Engine, run_dir: RunDir, say: Say) -> Callable[[int], None]:
     """Saves the model every checkpoint.every_steps steps and keeps the last few."""
     every, keep = job.recipe.checkpoint.every_steps, job.recipe.checkpoint.keep
     kept: list[Path] = []

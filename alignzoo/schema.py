@@ -98,27 +98,30 @@ def dotted(path: Path) -> str:
     return ".".join(str(part) for part in path)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """' (did you mean "x"?)', or '' where nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+_ONE: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_MANY: dict[Any, str] = {bool: "true and false", int: "whole numbers", float: "numbers", str: "strings"}
 
 
 def describe_type(annotation: Any) -> str:
     """A type in the words of a recipe's author."""
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-    if annotation in plain:
-        return plain[annotation]
+    if annotation in _ONE:
+        return _ONE[annotation]
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return "one of " + ", ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in args)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(a) for a in args if a is not type(None))
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        return f"a list of {describe_type(args[0]).removeprefix('a ')}s" if args[0] in plain else "a list of tables"
+        return "a list of " + (_MANY.get(args[0]) or ("tables" if nested_in(args[0]) else describe_type(args[0])))
     if origin is tuple:
-        return "a list of " + ", ".join(describe_type(a) for a in args)
-    return "a table"
+        return f"a list of {len(args)}: " + ", ".join(describe_type(a) for a in args)
+    return "anything" if annotation is Any else "a table"
 
 
 def type_hints(cls: type) -> dict[str, Any]:
@@ -172,26 +175,41 @@ def _convert(value: Any, annotation: Any, path: Path, problems: list[Problem]) -
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, args, path, problems)
     if origin is typing.Literal:
-        return (value, "") if value in args else (None, "is not among the choices")
+        among = any(type(value) is type(a) and value == a for a in args)  # True is no 1
+        return (value, "") if among else (None, "is not among the choices")
     if origin is tuple:
         return _convert_tuple(value, args, path, problems)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         if isinstance(value, annotation):
+            problems.extend(check_instance(value, path))
             return value, ""
         if not isinstance(value, Mapping):
             return None, "is not a table"
         return build(typing.cast(type, annotation), value, path, problems), ""
-    if origin in (dict, Mapping) or annotation in (dict, Mapping) or origin is typing.get_origin(Mapping[str, Any]):
-        return (dict(value), "") if isinstance(value, Mapping) else (None, "is not a table")
+    if origin in _DICTS or annotation in _DICTS:
+        return _convert_dict(value, args, path, problems)
     return _convert_scalar(value, annotation)
+
+
+_DICTS = (dict, Mapping)
+
+
+def _convert_dict(value: Any, args: tuple[Any, ...], path: Path, problems: list[Problem]) -> tuple[Any, str]:
+    if not isinstance(value, Mapping):
+        return None, "is not a table"
+    of_values = args[1] if args else Any
+    plain = {str(k): convert(v, of_values, (*path, str(k)), problems, Spec("")) for k, v in value.items()}
+    return plain, ""
+
+
+_WRONG_SHAPE = ("has the wrong type", "is not a list", "is not a table")
 
 
 def _convert_union(value: Any, options: tuple[Any, ...], path: Path, problems: list[Problem]) -> tuple[Any, str]:
     if value is None and type(None) in options:
         return None, ""
-    options = tuple(o for o in options if o is not type(None))
-    complaint = ""
-    for option in options:
+    complaints = []
+    for option in (o for o in options if o is not type(None)):
         trial: list[Problem] = []
         found, complaint = _convert(value, option, path, trial)
         if not complaint and not trial:
@@ -199,7 +217,9 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: Path, problems: l
         if trial:  # the shape fits, something inside does not: that is the complaint to hear
             problems.extend(trial)
             return None, ""
-    return None, complaint if len(options) == 1 else "has the wrong type"
+        complaints.append(complaint)
+    telling = [c for c in complaints if c not in _WRONG_SHAPE]
+    return None, telling[0] if telling else complaints[0] if len(complaints) == 1 else "has the wrong type"
 
 
 def _convert_tuple(value: Any, args: tuple[Any, ...], path: Path, problems: list[Problem]) -> tuple[Any, str]:
@@ -210,7 +230,8 @@ def _convert_tuple(value: Any, args: tuple[Any, ...], path: Path, problems: list
         return None, f"has {len(value)} elements, not {len(each)}"
     found = []
     for i, (item, annotation) in enumerate(zip(value, each, strict=True)):
-        converted, complaint = _convert(item, annotation, (*path, i), problems)
+        plain = parse_raw(item, annotation) if isinstance(item, Raw) else item
+        converted, complaint = _convert(plain, annotation, (*path, i), problems)
         if complaint:
             return None, f"element {i} ({show(item)}) {complaint}"
         found.append(converted)
@@ -219,7 +240,10 @@ def _convert_tuple(value: Any, args: tuple[Any, ...], path: Path, problems: list
 
 def _convert_scalar(value: Any, annotation: Any) -> tuple[Any, str]:
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            return None, "is too large"
     if type(value) is not annotation and not (annotation is str and isinstance(value, str)):
         return None, "has the wrong type"
     if annotation is float and not math.isfinite(value):
@@ -228,36 +252,52 @@ def _convert_scalar(value: Any, annotation: Any) -> tuple[Any, str]:
 
 
 def parse_raw(text: Raw, annotation: Any) -> Any:
-    """The text of --set: verbatim for a string field, else as TOML; what is not TOML stays a string."""
-    options = [o for o in typing.get_args(annotation) if o is not type(None)] or [annotation]
-    strings = [o for o in options if o is str or isinstance(o, str)]  # the choices of a Literal are strings themselves
-    if options == strings:
+    """The text of --set: verbatim for a string field, else as TOML; what is not TOML stays a string.
+
+    Where a field takes a string or a list, a text that is neither in TOML is the string: `--set data.train=2024`.
+    """
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = [o for o in typing.get_args(annotation) if o is not type(None)] if union else [annotation]
+    if all(o is str or _is_words(o) for o in options):
         return str(text)
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        content = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # TOMLDecodeError, and what int() and deep nesting raise
         return str(text)
+    value = content["value"]
+    options += [int] if float in options else []
+    fits = isinstance(value, list | dict) or type(value) in options or str not in options
+    return value if fits and len(content) == 1 else str(text)  # a second line would be a second key
+
+
+def _is_words(annotation: Any) -> bool:
+    """Is it a Literal of strings?"""
+    choices = typing.get_args(annotation)
+    return typing.get_origin(annotation) is typing.Literal and all(isinstance(c, str) for c in choices)
 
 
 def show(value: Any) -> str:
-    text = (
-        f'"{value}"'
-        if isinstance(value, str)
-        else "true"
-        if value is True
-        else "false"
-        if value is False
-        else repr(value)
-    )
+    """A value in at most 60 characters, much as TOML writes it."""
+    text = _WORDS[value] if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else _repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def check_instance(instance: Any) -> list[Problem]:
+_WORDS = {True: "true", False: "false"}
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"a {type(value).__name__} too long to show"
+
+
+def check_instance(instance: Any, path: Path = ()) -> list[Problem]:
     """The same types and bounds for a dataclass that was built in Python."""
     problems: list[Problem] = []
     hints = type_hints(type(instance))
     for field in dataclasses.fields(instance):
-        convert(getattr(instance, field.name), hints[field.name], (field.name,), problems, spec_of(field))
+        convert(getattr(instance, field.name), hints[field.name], (*path, field.name), problems, spec_of(field))
     return problems
 
 
@@ -273,14 +313,38 @@ class Row:
 
 
 def rows_of(cls: type, prefix: str = "") -> list[Row]:
-    """Every setting of a dataclass, nested ones with dotted names."""
+    """Every setting of a dataclass; those of a table in it follow with dotted names, of a list of tables with []."""
     hints, rows = type_hints(cls), []
     for field in dataclasses.fields(typing.cast(Any, cls)):
         spec, annotation = spec_of(field), hints[field.name]
-        nested = [a for a in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(a)]
-        default = "required" if field.default is MISSING else "" if field.default is None else show(field.default)
-        described = describe_type(annotation)
-        rows.append(Row(prefix + field.name, described, default, spec.range(), spec.help))
-        for inner in nested:
-            rows.extend(rows_of(typing.cast(type, inner), f"{prefix}{field.name}."))
+        name = prefix + field.name
+        rows.append(Row(name, describe_type(annotation), _default(field), spec.range(), spec.help))
+        for inner, listed in nested_in(annotation):
+            rows.extend(rows_of(inner, f"{name}[]." if listed else f"{name}."))
     return rows
+
+
+def nested_in(annotation: Any, listed: bool = False) -> list[tuple[type, bool]]:
+    """The dataclasses that a type is made of, and whether each stands in a list: LoRA | None has one."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return [(annotation, listed)]
+    in_list = listed or typing.get_origin(annotation) is tuple
+    return [found for inner in typing.get_args(annotation) for found in nested_in(inner, in_list)]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """The default in TOML's words, "" where a key that is left out means something of its own."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if default is MISSING:
+        return "required"
+    if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return "the defaults of its keys"
+    return "" if default is None else _toml(default)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+    return show(value)

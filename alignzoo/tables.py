@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from alignzoo.plugins import Registry
 
@@ -41,7 +42,7 @@ def print_losses(rows: Rows, registry: Registry) -> None:
         grid = Table.grid(padding=(0, 2))
         console.print(f"  {row['paper'] or 'no paper'}", highlight=False, markup=False)
         for setting in row["settings"]:
-            grid.add_row("", setting_in_words(setting), setting["help"])
+            grid.add_row("", Text(setting_in_words(setting)), Text(setting["help"]))  # [x] in a str would be markup
         console.print(grid)
     _warn(console, registry)
     for status in registry.statuses():
@@ -58,6 +59,7 @@ def print_plugins(rows: Rows, registry: Registry) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         what = row["error"] or ", ".join(row["losses"]) or "-"
-        table.add_row(row["label"], row["distribution"], row["version"], row["state"], what)
+        cells = (row["label"], row["distribution"], row["version"], row["state"], what)
+        table.add_row(*map(Text, cells))  # [x] in an error would be markup
     console.print(table)
     _warn(console, registry)

@@ -109,6 +109,7 @@ def test_an_unwritable_base_names_the_way_out(tmp_path, monkeypatch):
 def test_json_is_strict_and_names_the_keys(run):
     run.write_json("ok.json", {"a": [1, 2.5, "ü"], "b": None})
     assert json.loads((run.path / "ok.json").read_text("utf-8")) == {"a": [1, 2.5, "ü"], "b": None}
+    assert "ü" in (run.path / "ok.json").read_text("utf-8")
     with pytest.raises(RunError, match=r"a\.b\.1, c"):
         run.write_json("bad.json", {"a": {"b": [1.0, math.nan]}, "c": math.inf})
     assert [p.name for p in run.path.iterdir()] == ["ok.json"]
@@ -137,7 +138,9 @@ def test_a_reader_never_sees_half_a_file(run, monkeypatch):
     run.write_text("a.txt", "old")
     seen = []
     monkeypatch.setattr(rundir.os, "fsync", lambda _: seen.append((run.path / "a.txt").read_text()))
-    run.write_text("a.txt", "new")
+    with (run.path / "a.txt").open() as early:
+        run.write_text("a.txt", "new")
+        assert early.read() == "old"
     assert seen == ["old"] and (run.path / "a.txt").read_text() == "new"
 
 

@@ -35,6 +35,7 @@ class Prepared:
     train: list[Tree]
     eval: list[Tree]  # empty where nothing is held out
     report: Report
+    asked: tuple[str, ...] = ()  # the last turn of each held-out row's prompt, for people to read
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def prepare(
     report = Report(sources, template.name, len(trees), len(held), held_out, lengths, cut, tuple(warnings))
     for line in report.lines():
         say(line)
-    return Prepared(trees, held, report)
+    return Prepared(trees, held, report, tuple(row.asked for row in eval_rows for _ in range(row.times)))
 
 
 def _sources(data: Data, train: Any, eval: Any) -> Iterator[tuple[str, Source, Opened]]:
@@ -176,7 +177,8 @@ def _kept(pipeline: _Pipeline, one: _Rendered, pieces: Pieces | BadRow, tally: T
     )
     example = one.example
     tree = Tree(0, fitted.prompt, fitted.completions, example.where, example.label, extra=example.extra)
-    return Kept(tree, content_hash(one.texts.prompt), one.times)
+    asked = example.prompt if isinstance(example.prompt, str) else str(example.prompt[-1]["content"])
+    return Kept(tree, content_hash(one.texts.prompt), one.times, asked)
 
 
 # --- all of them

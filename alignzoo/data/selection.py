@@ -26,6 +26,7 @@ class Kept:
     tree: Tree
     prompt_key: bytes  # the same for two rows with the same prompt
     times: int = 1  # how often the row counts
+    asked: str = ""  # the last turn of the prompt, for people to read
 
 
 def times(example: Example, weight: float) -> int:
@@ -125,7 +126,7 @@ def _mismatch(
 
 def _same_prompt(a: Tree, b: Tree) -> bool:
     """Cut at their start, two prompts may have become the same."""
-    return len(a.prompt) > 1 and np.array_equal(a.prompt, b.prompt)
+    return np.array_equal(a.prompt, b.prompt)
 
 
 def _after(tree: Tree, completion: Completion) -> Completion | None:

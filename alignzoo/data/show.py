@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -137,14 +137,14 @@ def _example_table(example: Example, width: int) -> Table:
     return table
 
 
-def _named_turns(example: Example) -> Iterator[tuple[str, Any]]:
+def _named_turns(example: Example) -> Iterator[tuple[str, Turns]]:
     yield "prompt", example.prompt
     yield from zip(_NAMES[example.kind], example.completions, strict=True)
     if example.label is not None:
         yield "label", f"{str(example.label).lower()} ({_LABELS[example.label]})"
 
 
-def _turns_text(turns: Turns | Sequence[Any]) -> str:
+def _turns_text(turns: Turns) -> str:
     if isinstance(turns, str):
         return turns
     return "\n".join(f"{message['role']}: {message['content']}" for message in turns)

@@ -153,9 +153,7 @@ def _apply(turns: Messages, template: Template, tokenizer: PreTrainedTokenizerBa
             add_generation_prompt=generation, **template.kwargs,
         )  # fmt: skip
     except TemplateSyntaxError as error:
-        raise DataError(
-            f"{template.source}: line {error.lineno}: {error.message}", why="not a jinja template"
-        ) from error
+        raise DataError(f"{template.source}, line {error.lineno}: not a jinja template: {error.message}") from error
     except Exception as error:  # a template is a program of its own: anything may come out of it
         raise BadRow(
             "template-error", f"the chat template refused it: {type(error).__name__}: {error}"[:300]

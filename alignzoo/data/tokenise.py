@@ -15,6 +15,7 @@ import numpy as np
 
 from alignzoo.data.rows import BadRow, Turns
 from alignzoo.data.template import Template, Texts, render_prompt
+from alignzoo.errors import DataError
 from alignzoo.recipe import Data
 from alignzoo.tree import Completion, Ids
 
@@ -193,8 +194,18 @@ def shortened(completion: Completion, room: int) -> Completion | None:
 def prompt_ids(
     prompt: Turns, template: Template, tokenizer: PreTrainedTokenizerBase, system: str | None = None
 ) -> list[int]:
-    """The ids to sample from: the prompt as it is in training. system: takes the place of data.system."""
-    return Encoder(tokenizer, template).prompt(render_prompt(prompt, template, tokenizer, system))
+    """The ids to sample from: the prompt as it is in training. system: takes the place of data.system.
+
+    Raises DataError where the template refuses the prompt, and where there is nothing to continue.
+    """
+    try:
+        text = render_prompt(prompt, template, tokenizer, system)
+    except BadRow as problem:
+        raise DataError(f"a prompt to sample from cannot be written: {problem.text}") from problem
+    ids = Encoder(tokenizer, template).prompt(text)
+    if not ids:
+        raise DataError("a prompt to sample from is empty", why="this tokenizer puts no BOS before it")
+    return ids
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
