@@ -122,7 +122,8 @@ def load_model(where: Location, model: Model, say: Say) -> Any:
         from peft import PeftModel
 
         say(f"merging the adapter {where.path} into its base")
-        return PeftModel.from_pretrained(load_model(where.base, model, say), where.path).merge_and_unload()
+        adapted = PeftModel.from_pretrained(load_model(where.base, model, say), where.path)
+        return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
     if model.trust_remote_code:
         say(f"WARNING: model.trust_remote_code: code that comes with {where.path} runs with your rights")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "trust_remote_code": model.trust_remote_code}

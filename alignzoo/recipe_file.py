@@ -37,7 +37,8 @@ class Tables:
 
     def locate(self, key: Key) -> str:
         """ "dpo.toml:12", or the --set that wrote the key, or the file where it is absent."""
-        found = self._place(key) or next((p for k, p in self.places.items() if k[: len(key)] == key), None)
+        inside = next((place for k, place in self.places.items() if k[: len(key)] == key), None)
+        found = self.places.get(key) or inside or self._place(key)
         if found:
             return found.text
         return str(self.file) if self.file else "recipe"

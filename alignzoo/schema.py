@@ -153,7 +153,8 @@ def convert(value: Any, annotation: Any, path: Path, problems: list[Problem], sp
         value = parse_raw(value, annotation)
     found, complaint = _convert(value, annotation, path, problems)
     if complaint:
-        wanted = " ".join(filter(None, (describe_type(annotation), spec.range())))
+        between = " " if spec.choices is None else ", "
+        wanted = between.join(filter(None, (describe_type(annotation), spec.range())))
         problems.append(Problem(path, f"{path[-1]} = {show(value)}: {complaint} (wanted: {wanted})"))
     elif found is not None and not _in_range(found, spec):
         problems.append(Problem(path, f"{path[-1]} = {show(value)} is out of range (allowed: {spec.range()})"))

@@ -109,6 +109,24 @@ def test_kept_columns_arrive_in_extra() -> None:
         run(rows, keep=("scores",))
 
 
+def test_live_data_sets() -> None:
+    datasets = pytest.importorskip("datasets")
+    live = datasets.Dataset.from_list(PAIRS)
+    prepared = run(live, live_eval=live.select([3]).to_iterable_dataset())
+    assert list(map(content, prepared.train)) == list(map(content, run(PAIRS).train))
+    assert len(prepared.eval) == 1
+    assert prepared.report.sources[0].sha256 == live._fingerprint
+    with pytest.raises(DataError, match="one split"):
+        run(datasets.DatasetDict(train=live))
+
+
+def test_a_conversation_that_the_assistant_begins_needs_a_system_text() -> None:
+    rows = [{"messages": [{"role": "assistant", "content": "hello"}]}]
+    with pytest.raises(DataError, match="no-prompt"):
+        run(rows, "demonstrations")
+    assert text(run(rows, "demonstrations", system="the shop").train[0]).startswith("<|im_start|>system\nthe shop")
+
+
 # --- bad rows
 
 
@@ -311,6 +329,7 @@ def test_mismatched_completions_are_of_another_prompt() -> None:
             assert tree.mismatched.mask is None
     used = Counter(tree.mismatched.ids.tobytes() for tree in prepared.train if tree.mismatched)
     assert max(used.values()) <= 4  # no single completion stands for all
+    assert not prepared.report.cut
 
 
 @settings(max_examples=15, deadline=None)
@@ -435,6 +454,7 @@ def test_poisoned_rows_raise_nothing_but_data_errors(
         str(error).encode()
         return
     for tree in prepared.train:
+        assert len(tree.prompt) >= 1
         assert all(completion.counted for completion in tree.branches)
         assert len(tree.prompt) + max(len(c.ids) for c in tree.branches) <= 40
 

@@ -99,10 +99,12 @@ def test_an_empty_prompt() -> None:
     without = pieces_of(Example("demonstrations", "", ("fine thanks",)), tokenizer)
     assert without.prompt.tolist() == ids[:1]  # nothing predicts the first token
     assert without.completions[0].ids.tolist() == ids[1:]
-    pair = pieces_of(Example("pairs", "", ("fine thanks", "bad")), tokenizer)
-    assert len(pair.prompt) == 0
-    assert [c.mask is not None and c.mask[0] == np.False_ for c in pair.completions] == [True, True]
-    assert learned(pair)[0] == ids[1:]
+    pair = pieces_of(Example("pairs", "", ("fine thanks", "fine")), tokenizer)
+    assert pair.prompt.tolist() == ids[:1]
+    assert learned(pair) == [ids[1:], [tokenizer.eos_token_id]]
+    with pytest.raises(BadRow, match="no-context"):  # a tree has one prompt, and these have no token in common
+        pieces_of(Example("pairs", "", ("fine thanks", "bad")), tokenizer)
+    assert pieces_of(Example("pairs", "", ("fine thanks", "bad")), make_tokenizer(bos=True)).completions[0].mask is None
 
 
 def test_a_tokenizer_without_eos() -> None:
@@ -135,6 +137,7 @@ def test_every_tree_gives_back_the_ids_of_prompt_and_completion() -> None:
             same = [i for i in range(min(len(whole), len(prompt))) if (whole[: i + 1] == prompt[: i + 1]).all()]
             mask = np.ones(len(completion.ids), bool) if completion.mask is None else completion.mask
             assert mask.any()
+            assert len(pieces.prompt) >= 1
             assert len(pieces.prompt) + int(np.argmax(mask)) == max(1, len(same))
 
 

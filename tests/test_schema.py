@@ -126,7 +126,7 @@ def test_a_default_table_is_not_shared() -> None:
         ("inner", "p", 'inner = "p": is not a table (wanted: a table)'),
         ("sources", [1], "element 0 (1) is not a table"),
         ("level", 2, "level = 2 is out of range (allowed: one of 1, 5, 9)"),
-        ("level", "1", "(wanted: a whole number one of 1, 5, 9)"),
+        ("level", "1", "(wanted: a whole number, one of 1, 5, 9)"),
     ],
 )
 def test_a_value_that_does_not_fit(key: str, value: Any, message: str) -> None:

@@ -177,7 +177,7 @@ def _kept(pipeline: _Pipeline, one: _Rendered, pieces: Pieces | BadRow, tally: T
     )
     example = one.example
     tree = Tree(0, fitted.prompt, fitted.completions, example.where, example.label, extra=example.extra)
-    asked = example.prompt if isinstance(example.prompt, str) else str(example.prompt[-1]["content"])
+    asked = example.prompt if isinstance(example.prompt, str) else "".join(t["content"] for t in example.prompt[-1:])
     return Kept(tree, content_hash(one.texts.prompt), one.times, asked)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from alignzoo.data.rows import Example, content_hash
-from alignzoo.data.tokenise import shortened
 from alignzoo.errors import DataError
 from alignzoo.tree import Completion, Tree
 
@@ -110,12 +109,13 @@ def _mismatch(
         if other.prompt_key == row.prompt_key:
             at = jumps[at]
             continue
-        whole = _after(row.tree, other.tree.completions[0])
-        fitted = None if whole is None else shortened(whole, max_length - len(row.tree.prompt))
-        if fitted is not None and not _same_prompt(row.tree, other.tree):
-            if fitted is not whole:
+        if not _same_prompt(row.tree, other.tree):
+            whole = _own(other.tree.completions[0])
+            room = max_length - len(row.tree.prompt)
+            if len(whole.ids) > room:
+                whole = Completion(whole.ids[:room].copy())
                 cut["mismatched-right"] += 1
-            return replace(row, tree=replace(row.tree, mismatched=fitted))
+            return replace(row, tree=replace(row.tree, mismatched=whole))
         at = (at + 1) % len(ring)
     raise DataError(
         f"{name}: {row.tree.where} has no row with another prompt to take a mismatched completion from",
@@ -129,9 +129,6 @@ def _same_prompt(a: Tree, b: Tree) -> bool:
     return np.array_equal(a.prompt, b.prompt)
 
 
-def _after(tree: Tree, completion: Completion) -> Completion | None:
-    """A completion as it stands after this tree's prompt: without what belonged to its own, and with context."""
-    ids = completion.ids if completion.mask is None else completion.ids[completion.mask]
-    if len(tree.prompt):
-        return Completion(ids)
-    return Completion(ids, np.arange(len(ids)) >= 1) if len(ids) > 1 else None
+def _own(completion: Completion) -> Completion:
+    """A completion without the tokens that belong to its prompt."""
+    return completion if completion.mask is None else Completion(completion.ids[completion.mask].copy())

@@ -101,13 +101,15 @@ class Encoder:
 def split(prompt: Ids, wholes: Sequence[Ids]) -> Pieces:
     """Prompt and completions from the ids of the prompt and of prompt + completion. Raises BadRow."""
     shared = [common_prefix(prompt, whole) for whole in wholes]
-    starts = [max(n, 1) for n in shared]  # nothing predicts the first token of all: it is context
+    starts = [max(n, 1) for n in shared]  # nothing predicts the first token of a text: it is context
     for start, whole in zip(starts, wholes, strict=True):
         if start >= len(whole):
             raise BadRow("empty-completion" if len(prompt) else "no-context")
     first = min(starts)
     for whole in wholes[1:]:
         first = min(first, common_prefix(wholes[0], whole))
+    if first == 0:
+        raise BadRow("no-context", "chosen and rejected differ from the first token on, without a prompt or BOS before")
     completions = tuple(
         Completion(whole[first:].copy(), None if start == first else np.arange(first, len(whole)) >= start)
         for start, whole in zip(starts, wholes, strict=True)
