@@ -6,6 +6,7 @@ order and the number of ranks change nothing but rounding.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -113,9 +114,11 @@ def choose_precision(recipe: Recipe) -> str:
 def make_accelerator(recipe: Recipe, project_dir: str) -> Accelerator:
     """An accelerator for the device and precision of the recipe."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may want another precision
-    precision = choose_precision(recipe)
+    precision, cpu = choose_precision(recipe), on_cpu(recipe)
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares the search for another, and a warning that it failed
     return Accelerator(
-        cpu=on_cpu(recipe),
+        cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(recipe.log.trackers) or None,
         project_dir=project_dir,

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 
 from alignzoo.api import Loss
-from alignzoo.batch import padded_layout
+from alignzoo.batch import padded_layout, padded_positions
 from alignzoo.check import Job, Live, make_job
 from alignzoo.data.show import rendered_row
 from alignzoo.data.template import choose_template
@@ -64,6 +64,8 @@ def run(
     say = sayer(console)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     _refuse_many_processes()
+    if not console.is_terminal:
+        transformers.utils.logging.disable_progress_bar()
     job = make_job(recipe, say, live=Live(model, tokenizer, train, eval), plugin_files=plugins, losses=losses)
     name = recipe.log.run_name or run_name(recipe.name, job.info.name, started)
     run_dir = RunDir.create(Path(recipe.output.dir), name)
@@ -204,6 +206,9 @@ def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, co
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     source = "engine.tokens_per_device" if recipe.engine.tokens_per_device else f"the default for {engine.device.type}"
     say(f"engine: {engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
+    large = sum(padded_positions([tree]) > engine.budget for tree in (*job.data.train, *job.data.eval))
+    if large:
+        say(f"{large} rows have more positions than that: each runs alone, in more memory")
     if job.loss.has_prepare and job.loss.prepare_pass:
         say(f"{job.info.name} looks at each whole step first: one more forward pass without gradients per step")
     return engine
@@ -222,7 +227,7 @@ def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Consol
     engine.fit(job.data.train, job.data.eval, _checkpointer(job, engine, run_dir, say))
     seconds = time.monotonic() - fit_began
     after = answers("answering after training") if prompts else []
-    model_path = _save(job, model, run_dir.path / "model")
+    model_path = _save(job, model, run_dir.path / "model", say)
     samples = [Sample(*row) for row in zip(asked, before, after, strict=True)]
     records = run_dir.read_metrics()
     figures = summary(
@@ -252,9 +257,15 @@ def sample_prompts(job: Job) -> tuple[list[str], list[list[int]]]:
     return asked, ids
 
 
-def _save(job: Job, model: Any, folder: Path) -> Path:
-    merge = job.recipe.output.merge
-    return save_model(model, job.tokenizer, folder, base=_base(job), merge=merge)
+def _save(job: Job, model: Any, folder: Path, say: Say) -> Path:
+    """The trained model, or its adapter; output.merge gives the merged model."""
+    recipe, base = job.recipe, _base(job)
+    if not (recipe.output.merge and recipe.model.quantization):
+        return save_model(model, job.tokenizer, folder, base=base, merge=recipe.output.merge)
+    say("merging the adapter into its base as it was before quantisation")
+    adapter = save_model(model, job.tokenizer, folder.with_name("adapter"), base=base, merge=False)
+    whole = dataclasses.replace(recipe.model, quantization=None, lora=None)
+    return save_model(load_model(locate(str(adapter)), whole, say), job.tokenizer, folder, base=base, merge=False)
 
 
 def _base(job: Job) -> str:

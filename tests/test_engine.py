@@ -335,3 +335,52 @@ def test_bf16_on_a_cpu_is_near_fp32() -> None:
     rough, near = update_of(DPO(), make_trees(6), engine__precision="bf16")
     assert 1e-5 < error(rough, exact) < 0.1
     assert near["loss"] == pytest.approx(metrics["loss"], rel=0.05)
+
+
+def test_the_router_loss_of_experts_is_added_and_logged() -> None:
+    import transformers as tf
+
+    def fit(weight: float) -> tuple[torch.Tensor, dict[str, float]]:
+        torch.manual_seed(0)
+        config = tf.MixtralConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+        )  # fmt: skip
+        model = tf.MixtralForCausalLM(config)
+        start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        recipe = make_recipe(train__batch_size=4, train__max_steps=1, model__router_loss=weight)
+        records: list[dict[str, float]] = []
+        engine = Engine(
+            recipe, SFT(), Scorer(model, router_loss=weight > 0), ReferencePlan("none", ""), None,
+            make_accelerator(recipe, "."), console=Console(file=io.StringIO()), sink=records.append,
+        )  # fmt: skip
+        engine.fit(make_trees(4, completions=1), [])
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - start, records[-1]
+
+    (without, _), (with_it, metrics) = fit(0.0), fit(10.0)
+    assert 1 < metrics["router_loss"] < 4  # 2 for two experts of a token and an even spread
+    assert error(with_it, without) > 0.01
+
+
+def test_token_statistics_and_kept_columns_reach_the_loss() -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    class Curious(alignzoo.Loss):
+        name, data, needs_reference = "curious", "demonstrations", False
+        Settings = alignzoo.NoSettings
+        token_stats = frozenset({"entropy", "is_top1"})
+
+        def __call__(self, batch: alignzoo.Demonstrations) -> alignzoo.LossOutput:
+            assert batch.completion.entropy is not None
+            assert batch.completion.is_top1 is not None
+            assert batch.completion.log_sum_sq_probs is None
+            if batch.completion.policy.requires_grad:
+                seen["entropy"], seen["score"] = batch.completion.entropy, batch.extra["score"]
+            return alignzoo.LossOutput(-batch.completion.sum() * batch.extra["score"])
+
+    trees = [replace(t, extra={"score": 0.5 + t.row}) for t in make_trees(3, completions=1)]
+    _fit(Curious(), trees, engine__tokens_per_device=100_000)
+    assert sorted(seen["score"].tolist()) == [0.5, 1.5, 2.5]
+    assert seen["score"].dtype == torch.float32
+    assert not seen["entropy"].requires_grad
+    assert seen["entropy"].max() > 1

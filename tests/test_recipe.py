@@ -584,7 +584,7 @@ def recipe_tables(draw: st.DrawFn) -> dict[str, Any]:
 OVERRIDES = st.tuples(st.lists(st.sampled_from(KEYS), min_size=1, max_size=4).map(".".join), st.text(max_size=12))
 
 
-@settings(max_examples=20000, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(recipe_tables(), st.lists(OVERRIDES, max_size=2))
 def test_whatever_is_written_is_read_or_refused(table: dict[str, Any], overrides: list[tuple[str, str]]) -> None:
     try:
@@ -595,7 +595,7 @@ def test_whatever_is_written_is_read_or_refused(table: dict[str, Any], overrides
     assert isinstance(recipe, Recipe)
 
 
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(recipe_tables(), st.dictionaries(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3).map(".".join), VALUES))
 def test_the_same_for_overrides_from_python(table: dict[str, Any], overrides: dict[str, Any]) -> None:
     try:
@@ -605,7 +605,9 @@ def test_the_same_for_overrides_from_python(table: dict[str, Any], overrides: di
     assert load_recipe(to_table(recipe)) == recipe
 
 
-@settings(max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(recipe_tables())
 def test_lines_are_found_in_whatever_tomli_w_writes(tmp_path: Path, table: dict[str, Any]) -> None:
     """Every key of a file has a place, and the line that it names holds the last part of the key."""
