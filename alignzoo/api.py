@@ -262,8 +262,8 @@ class Loss:
       contract         the version of this contract that the class was written for
       invariances      names of properties that the conformance kit may test
       token_stats      subset of {"entropy", "log_sum_sq_probs", "is_top1"}: fields of LogProbs to be computed
-      needs_mismatched True: `prepare` also gets, for each row, the completion of another prompt
-      prepare_pass     False: `prepare` reads no log-probs, and the no-grad pass is saved
+      needs_mismatched True: `prepare` also gets, for each row, the completion of another prompt; or a property
+      prepare_pass     False: `prepare` reads no log-probs, and the no-grad pass is saved; or a property
       prepare          see below; None: not used
     """
 
@@ -271,18 +271,26 @@ class Loss:
     data: str
     Settings: type[Any]
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # read-only, so that a class may declare a bool or a property
 
         @property
         def needs_reference(self) -> bool: ...
+
+        @property
+        def needs_mismatched(self) -> bool: ...
+
+        @property
+        def prepare_pass(self) -> bool: ...
+
+    else:
+        needs_mismatched = False
+        prepare_pass = True
 
     paper: ClassVar[str] = ""
     family: ClassVar[str] = ""
     contract: ClassVar[int] = 1
     invariances: ClassVar[frozenset[str]] = frozenset()
     token_stats: ClassVar[frozenset[str] | set[str]] = frozenset()
-    needs_mismatched: ClassVar[bool] = False
-    prepare_pass: ClassVar[bool] = True
 
     settings: Any
 

@@ -21,6 +21,7 @@ from alignzoo.progress import Say, sayer
 from alignzoo.recipe import Recipe, problems_error
 from alignzoo.reference import ReferencePlan, plan_reference
 from alignzoo.schema import Problem, show
+from alignzoo.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Job:
     data: Prepared
     steps: int
     live: Live
+    pairs: Sequence[Tree] = ()  # the held-out pairs, where the loss eats them in another form
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,9 +97,29 @@ def make_job(
     )
     train = recipe.train
     steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
+    pairs = _held_out_pairs(recipe, loss, tokenizer, data, live, say)
     say(describe_steps(recipe, data, steps))
     _warn(recipe, loss, tokenizer, say)
-    return Job(recipe, info, loss, registry, reference, location, tokenizer, data, steps, live)
+    return Job(recipe, info, loss, registry, reference, location, tokenizer, data, steps, live, pairs)
+
+
+def _held_out_pairs(recipe: Recipe, loss: Loss, tokenizer: Any, data: Prepared, live: Live, say: Say) -> Sequence[Tree]:
+    """The held-out rows as pairs, where they are pairs and the loss wants another kind: accuracy for every loss."""
+    held_out = [s for s in data.report.sources if s.role == "eval"] or list(data.report.sources)
+    if not data.eval or loss.data == "pairs" or any(s.kind != "pairs" for s in held_out):
+        return ()
+    found = prepare(
+        recipe.data,
+        "pairs",
+        tokenizer,
+        needs_mismatched=False,
+        train=live.train,
+        eval=live.eval,
+        seed=recipe.train.seed,
+        say=lambda _: None,
+    )
+    say(f"{len(found.eval)} held-out pairs are measured as pairs too (eval_pairs/accuracies)")
+    return found.eval
 
 
 def find_loss(recipe: Recipe, registry: Registry) -> tuple[LossInfo, Loss]:

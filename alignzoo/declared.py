@@ -25,15 +25,17 @@ def _is_names(value: Any, allowed: frozenset[str] | None = None) -> bool:
 
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_Rule = tuple[Callable[[Any], bool], str]
+_BY_SETTINGS: _Rule = (lambda v: isinstance(v, bool | property), "True, False, or a property")
+_RULES: dict[str, _Rule] = {
     "name": (lambda v: isinstance(v, str) and _NAME.fullmatch(v) is not None, "lower-case letters, digits, - and _"),
     "data": (lambda v: isinstance(v, str) and v in KINDS, "one of " + ", ".join(f'"{kind}"' for kind in KINDS)),
-    "needs_reference": (lambda v: isinstance(v, bool | property), "True, False, or a property"),
+    "needs_reference": _BY_SETTINGS,
     "contract": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
     "token_stats": (lambda v: _is_names(v, TOKEN_STATS), "a set out of " + ", ".join(sorted(TOKEN_STATS))),
     "invariances": (_is_names, "a set of strings"),
-    "needs_mismatched": (lambda v: isinstance(v, bool), "True or False"),
-    "prepare_pass": (lambda v: isinstance(v, bool), "True or False"),
+    "needs_mismatched": _BY_SETTINGS,
+    "prepare_pass": _BY_SETTINGS,
     "paper": (lambda v: isinstance(v, str), "a string"),
     "family": (lambda v: isinstance(v, str), "a string"),
 }

@@ -23,8 +23,8 @@ from alignzoo.api import Loss, LossOutput
 from alignzoo.batch import Layout, StepRows, blocks_of, count_steps, padded_layout, plan_step, steps_of
 from alignzoo.errors import PluginError, RunError
 from alignzoo.logprobs import Scorer
-from alignzoo.metrics import Accumulator, memory_gib, record
-from alignzoo.objective import Objective, Prepared, Scored, State, count_units, make_step, masked_sum
+from alignzoo.metrics import Accumulator, memory_gib, record, record_preference
+from alignzoo.objective import Objective, Prepared, Scored, State, count_units, make_step, masked_sum, pairs_of
 from alignzoo.optim import make_optimizer, make_schedule
 from alignzoo.progress import StepProgress, brief
 from alignzoo.recipe import Recipe
@@ -150,6 +150,7 @@ class Engine:
         self.policy, self.optimizer = accelerator.prepare(policy, make_optimizer(recipe, policy))
         self.reference = self._make_reference(reference, frozen)
         self.held_out_reference = None if self.reference is None else Remembering(self.reference)
+        self.pair_reference = None if self.reference is None else Remembering(self.reference)
         self.step_reference = None if self.reference is None else Remembering(self.reference)
         self.state: State = loss.init_state()
         self.tokens_seen = 0
@@ -165,16 +166,23 @@ class Engine:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def fit(
-        self, train: Sequence[Tree], held_out: Sequence[Tree], on_step: Callable[[int], None] = lambda _: None
+        self,
+        train: Sequence[Tree],
+        held_out: Sequence[Tree],
+        on_step: Callable[[int], None] = lambda _: None,
+        pairs: Sequence[Tree] = (),
     ) -> None:
-        """The whole training: evaluations, steps, metrics. `on_step` is called after each step (checkpoints)."""
+        """The whole training: evaluations, steps, metrics. `on_step` is called after each step (checkpoints).
+
+        pairs: held-out pairs, chosen and rejected, that a loss on another kind of data is measured on too.
+        """
         plan = self.recipe.train
         total = count_steps(len(train), plan.batch_size, plan.epochs, plan.max_steps)
         per_epoch = count_steps(len(train), plan.batch_size, 1, None)
         self.schedule = make_schedule(self.recipe, self.optimizer, total)
         every, tally = self.recipe.eval.every_steps, Tally()
         if self.recipe.eval.at_start:
-            self.evaluate(held_out, 0, 0.0)
+            self.evaluate(held_out, 0, 0.0, pairs)
         self.policy.train()
         with StepProgress(self.console, total, "training") as progress:
             for rows in steps_of(len(train), plan.batch_size, plan.epochs, plan.max_steps, plan.seed):
@@ -187,7 +195,7 @@ class Engine:
                 progress.advance(rows.step, line)
                 on_step(rows.step)
                 if rows.step == total or (every and rows.step % every == 0):
-                    self.evaluate(held_out, rows.step, epoch)
+                    self.evaluate(held_out, rows.step, epoch, pairs)
                     self.policy.train()
 
     def _micro_batches(self, trees: Sequence[Tree], prepared: Prepared) -> list[list[MicroBatch]]:
@@ -213,7 +221,7 @@ class Engine:
             with nullcontext() if last else self.accelerator.no_sync(self.policy):
                 loss, router = self._forward(micro, whole, tally.metrics, bad)
                 if last:  # one flag for all micro-batches and ranks, so that no rank stops alone
-                    self._stop_if(bad, rows.step)
+                    self._stop_if(bad, f"step {rows.step}", rows.step - 1)
                 self.accelerator.backward((loss + router) * self.accelerator.num_processes)
             total += loss.detach()
             tally.positions += micro.layout.positions
@@ -261,13 +269,13 @@ class Engine:
                 fix="multiply the loss by zero where it shall not count, or compute the mask in prepare",
             )
 
-    def _stop_if(self, bad: _BadRows, step: int) -> None:
+    def _stop_if(self, bad: _BadRows, when: str, done: int) -> None:
         flag = torch.tensor(float(bool(bad.rows)), device=self.device)
         if self.accelerator.reduce(flag, "sum").item() > 0:
             raise RunError(
-                f"step {step}: {bad.what or 'another rank found a loss or log-prob that is not finite'}",
+                f"{when}: {bad.what or 'another rank found a loss or log-prob that is not finite'}",
                 why="rows " + ", ".join(bad.rows[:5]) + (f" and {len(bad.rows) - 5} more" if len(bad.rows) > 5 else ""),
-                fix=f"the weights are as after step {step - 1}: lower train.learning_rate, look at these rows, "
+                fix=f"the weights are as after step {done}: lower train.learning_rate, look at these rows, "
                 'or set engine.precision = "fp32"',
             )
 
@@ -330,33 +338,49 @@ class Engine:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, held_out: Sequence[Tree], step: int, epoch: float) -> Record:
+    def evaluate(self, held_out: Sequence[Tree], step: int, epoch: float, pairs: Sequence[Tree] = ()) -> Record:
         """Loss and all metrics on the held-out rows, in consecutive blocks of batch_size; written with eval_ names."""
         if not held_out:
             return {}
         self.policy.eval()
-        metrics, bad = Accumulator(), _BadRows()
-        sums, units = [], []
-        blocks = blocks_of(len(held_out), self.recipe.train.batch_size)
-        started = time.perf_counter()
-        with StepProgress(self.console, len(blocks), f"evaluating at step {step}") as progress:
-            for number, block in enumerate(blocks, start=1):
-                trees = [held_out[i] for i in block]
-                prepared, _ = self._prepare(trees, self.state, self.held_out_reference)
-                for micro in self._micro_batches(trees, prepared)[self.accelerator.process_index]:
-                    output, _scores = self._apply(micro, metrics, self.held_out_reference, bad)
-                    sums.append(torch.stack([masked_sum(t).double() for t in output.terms]))
-                    units.append(torch.tensor(micro.units))
+        started, metrics, bad = time.perf_counter(), Accumulator(), _BadRows()
+        size = self.recipe.train.batch_size
+        blocks, pair_blocks = ([[rows[i] for i in b] for b in blocks_of(len(rows), size)] for rows in (held_out, pairs))
+        with StepProgress(self.console, len(blocks) + len(pair_blocks), f"evaluating at step {step}") as progress:
+            loss = self._evaluate_loss(blocks, metrics, bad, progress)
+            for number, trees in enumerate(pair_blocks, start=len(blocks) + 1):
+                self._evaluate_pairs(trees, metrics)
                 progress.advance(number)
-        self._stop_if(bad, step + 1)
-        loss = (torch.stack(sums).sum(0).cpu() / torch.stack(units).sum(0).clamp(min=1)).sum().item()
-        found = {"loss": loss, **metrics.result()}
-        line: Record = {"step": step, "epoch": round(epoch, 6)}
-        line |= {f"eval_{name}": value for name, value in found.items()}
+        self._stop_if(bad, f"evaluation at step {step}", step)
+        line: Record = {"step": step, "epoch": round(epoch, 6), "eval_loss": loss}
+        line |= {f"eval_{name}": value for name, value in metrics.result().items()}
         line["eval_runtime"] = time.perf_counter() - started
         self._write(line)
         self.console.print(f"held-out, step {step}: {brief(line)}", highlight=False)
         return line
+
+    def _evaluate_loss(
+        self, blocks: Sequence[Sequence[Tree]], metrics: Accumulator, bad: _BadRows, progress: StepProgress
+    ) -> float:
+        """The loss over all blocks: the sum of each term divided by all its units."""
+        sums, units = [], []
+        for number, trees in enumerate(blocks, start=1):
+            prepared, _ = self._prepare(trees, self.state, self.held_out_reference)
+            for micro in self._micro_batches(trees, prepared)[self.accelerator.process_index]:
+                output, _scores = self._apply(micro, metrics, self.held_out_reference, bad)
+                sums.append(torch.stack([masked_sum(t).double() for t in output.terms]))
+                units.append(torch.tensor(micro.units))
+            progress.advance(number)
+        return float((torch.stack(sums).sum(0).cpu() / torch.stack(units).sum(0).clamp(min=1)).sum())
+
+    def _evaluate_pairs(self, trees: Sequence[Tree], metrics: Accumulator) -> None:
+        """Which side of held-out pairs the policy prefers, for a loss that does not eat pairs itself."""
+        for members in plan_step(trees, self.accelerator.num_processes, self.budget)[self.accelerator.process_index]:
+            layout = padded_layout([trees[i] for i in members])
+            table = None if self.pair_reference is None else self.pair_reference.score(layout)
+            record_preference(
+                metrics, pairs_of(Scored([trees[i] for i in members], layout, self.policy(layout), table))
+            )
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ RESERVED = frozenset({
     "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "memory", "step", "epoch", "units",
     "padding_fraction", "router_loss", "seconds", "skipped_steps",
 })  # fmt: skip
-RESERVED_PREFIXES = ("eval_", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/")
+RESERVED_PREFIXES = ("eval_", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/", "pairs/")
 
 
 @dataclass
@@ -103,6 +103,12 @@ def _record_rewards(into: Accumulator, batch: Batch, output: LossOutput) -> None
             into.mean("rewards/rejected", rewards, ~batch.label)
         else:
             into.mean("rewards/completion", rewards)
+
+
+def record_preference(into: Accumulator, batch: Pairs) -> None:
+    """Which side the policy prefers, by log-ratios or, without a reference, by log-probs per token; named pairs/..."""
+    _, (chosen, rejected) = _implicit(batch)
+    _record_margin(into, "pairs", chosen - rejected)
 
 
 def _implicit(batch: Pairs) -> tuple[str, tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ The only place that knows how trees become `Demonstrations`, `Pairs`, `Labelled`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +119,7 @@ def masked_sum(term: Term) -> Tensor:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def _log_probs(loss: Loss, scored: Scored, slot: int | None) -> LogProbs:
+def _log_probs(owner: str, stats: Collection[str], scored: Scored, slot: int | None) -> LogProbs:
     """The completions of one slot (0 chosen, 1 rejected; None: all), cut to the longest of them."""
     device = scored.scores["logps"].device
     mask = torch.from_numpy(scored.layout.mask).to(device)
@@ -129,9 +129,9 @@ def _log_probs(loss: Loss, scored: Scored, slot: int | None) -> LogProbs:
     def take(table: Tensor | None) -> Tensor | None:
         return None if table is None else table[rows, :width]
 
-    fields = {name: take(value) for name, value in scored.scores.items() if name in loss.token_stats}
+    fields = {name: take(value) for name, value in scored.scores.items() if name in stats}
     policy, counted = scored.scores["logps"][rows, :width], mask[rows, :width]
-    return LogProbs(policy, counted, take(scored.reference), owner=loss.name, **fields)
+    return LogProbs(policy, counted, take(scored.reference), owner=owner, **fields)
 
 
 def _common(scored: Scored) -> dict[str, Any]:
@@ -146,20 +146,29 @@ def extra_columns(trees: Sequence[Tree], device: torch.device) -> dict[str, Tens
 
 
 def _demonstrations(loss: Loss, scored: Scored) -> Batch:
-    return Demonstrations(completion=_log_probs(loss, scored, 0), **_common(scored))
+    return Demonstrations(completion=_log_probs(loss.name, loss.token_stats, scored, 0), **_common(scored))
 
 
 def _pairs(loss: Loss, scored: Scored) -> Batch:
-    return Pairs(chosen=_log_probs(loss, scored, 0), rejected=_log_probs(loss, scored, 1), **_common(scored))
+    return Pairs(
+        chosen=_log_probs(loss.name, loss.token_stats, scored, 0),
+        rejected=_log_probs(loss.name, loss.token_stats, scored, 1),
+        **_common(scored),
+    )
+
+
+def pairs_of(scored: Scored) -> Pairs:
+    """Pairs without a loss, to measure which side a policy prefers."""
+    return Pairs(chosen=_log_probs("evaluation", (), scored, 0), rejected=_log_probs("evaluation", (), scored, 1))
 
 
 def _labelled(loss: Loss, scored: Scored) -> Batch:
-    completion = _log_probs(loss, scored, 0)
+    completion = _log_probs(loss.name, loss.token_stats, scored, 0)
     return Labelled(completion=completion, **per_row(scored.trees, completion.mask.device), **_common(scored))
 
 
 def _groups(loss: Loss, scored: Scored) -> Batch:
-    completion = _log_probs(loss, scored, None)
+    completion = _log_probs(loss.name, loss.token_stats, scored, None)
     return Groups(completion=completion, **per_row(scored.trees, completion.mask.device), **_common(scored))
 
 

@@ -224,15 +224,15 @@ def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Consol
 
     before = answers("answering before training") if prompts else []
     fit_began = time.monotonic()
-    engine.fit(job.data.train, job.data.eval, _checkpointer(job, engine, run_dir, say))
+    engine.fit(job.data.train, job.data.eval, _checkpointer(job, engine, run_dir, say), job.pairs)
     seconds = time.monotonic() - fit_began
     after = answers("answering after training") if prompts else []
     model_path = _save(job, model, run_dir.path / "model", say)
     samples = [Sample(*row) for row in zip(asked, before, after, strict=True)]
     records = run_dir.read_metrics()
     figures = summary(
-        records, eval_rows=len(job.data.eval), model_path=model_path, seconds=seconds, recipe=recipe.name,
-        loss=job.info.name, train_rows=len(job.data.train),
+        records, eval_rows=len(job.data.eval), eval_pairs=len(job.pairs), train_rows=len(job.data.train),
+        model_path=model_path, seconds=seconds, recipe=recipe.name, loss=job.info.name,
     )  # fmt: skip
     plot = finish(run_dir, records, samples, figures, title=f"{recipe.name}: {job.info.name}")
     engine.accelerator.end_training()

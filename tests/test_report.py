@@ -14,18 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from alignzoo import report
+from alignzoo import curves, report
+from alignzoo.curves import draw_curves, figure
+from alignzoo.records import PREFIXES, wilson
 from alignzoo.report import (
     Sample,
-    draw_curves,
-    figure,
     figures_table,
     finish,
     log_history,
     samples_markdown,
     samples_table,
     summary,
-    wilson,
     write_csv,
 )
 from alignzoo.rundir import RunDir
@@ -211,7 +210,7 @@ def test_summary_holds_what_was_measured_only():
     assert empty == {"layout": report.LAYOUT, "model": "model", "steps": 0, "seconds": 0.0, "eval_rows": 0}
 
 
-@pytest.mark.parametrize("prefix", report.PREFIXES)
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_accuracy_goes_by_the_name_that_the_run_has(prefix):
     records = preference_records(8, 4, prefix)
     assert summary(records, eval_rows=60, model_path="", seconds=1.0)["accuracy"]["of"] == prefix
@@ -394,7 +393,7 @@ def words(drawing) -> list:
 def test_no_words_of_the_plot_overlap_or_leave_it(records):
     from matplotlib import style
 
-    with style.context(["default", report._STYLE]):
+    with style.context(["default", curves._STYLE]):
         drawing = figure(records, "a title", eval_rows=60)
         drawing.canvas.draw()
         boxes = [(text.get_text(), text.get_window_extent(drawing.canvas.get_renderer())) for text in words(drawing)]
@@ -417,7 +416,7 @@ def test_nearly_equal_values_are_written_out():
     ("value", "text"), [(1e-5, "1e-5"), (2.5e-6, "2.5e-6"), (0.0, "0"), (1e20, "1e20"), (-3.0, "-3")]
 )
 def test_ticks(value, text):
-    assert report._tick(value) == text.replace("-", "\N{MINUS SIGN}")
+    assert curves._tick(value) == text.replace("-", "\N{MINUS SIGN}")
 
 
 def test_the_png_is_written_at_150_dpi_without_pyplot(tmp_path):

@@ -121,6 +121,28 @@ def test_chaining_starts_from_the_model_before(recipe_file: Path, tmp_path: Path
     assert torch.equal(weights_of(alone.model_path), weights_of(second.model_path))
 
 
+def test_every_loss_is_measured_on_held_out_pairs(recipe_file: Path) -> None:
+    """SFT eats the chosen side only; the pairs that were held out still tell which side the model prefers."""
+    result = alignzoo.run(load_recipe(recipe_file, {"loss": {"name": "sft"}}))
+    assert result.summary["eval_rows"] == result.summary["accuracy"]["rows"] == 5
+    assert result.summary["accuracy"]["of"] == "pairs"
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(result.model_path),
+        AutoTokenizer.from_pretrained(result.model_path),
+    )
+    right = 0
+    for line in recipe_file.with_name("eval.jsonl").read_text().splitlines():
+        row, means = json.loads(line), []
+        for side in ("chosen", "rejected"):
+            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+            prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+            ids = torch.tensor([tokenizer.apply_chat_template(turns)["input_ids"]])
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+            means.append(logps[len(prompt) - 1 :].mean().item())
+        right += means[0] > means[1]
+    assert result.summary["accuracy"]["value"] == pytest.approx(right / 5)
+
+
 def test_an_adapter_is_saved_merged_and_chained(recipe_file: Path, tiny_folder: Path) -> None:
     lora = ["model.lora={rank=4}", "train.learning_rate=0.05"]
     adapter = alignzoo.run(load_recipe(recipe_file, lora))

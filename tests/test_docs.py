@@ -1,0 +1,300 @@
+"""The documentation is current and complete, its links lead somewhere, and its examples work."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+import torch
+
+import alignzoo
+from alignzoo import api, hookspecs, metrics
+from alignzoo.cli import cli
+from alignzoo.data.formats import FORMATS
+from alignzoo.declared import DECLARED
+from alignzoo.plugins import discover, loss_table
+from alignzoo.recipe import SECTIONS, LoRA, Source, load_recipe
+
+REPO = Path(__file__).resolve().parents[1]
+DOCS = REPO / "docs"
+PAGES = [
+    REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted(DOCS.glob("*.md")),
+    REPO / "plugins/alignzoo-example/README.md", REPO / "recipes/data/README.md",
+]  # fmt: skip
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)\s]+)\)")
+SMALL: dict[str, Any] = {
+    "loss": {"name": "dpo"}, "model": {"path": "a/model"}, "data": {"train": "rows.jsonl"},
+    "train": {"learning_rate": 1e-5},
+}  # fmt: skip
+
+
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> Iterator[Any]:
+    """The fenced blocks of a language on all pages, each with its page and number."""
+    for path in PAGES:
+        found = (text for kind, text in _FENCE.findall(path.read_text(encoding="utf-8")) if kind == language)
+        for number, text in enumerate(found, start=1):
+            yield pytest.param(text, id=f"{path.relative_to(REPO)}:{number}")
+
+
+# --- current ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_generated_parts_are_current() -> None:
+    done = subprocess.run([sys.executable, DOCS / "generate.py", "--check"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_every_part_stands_on_one_page() -> None:
+    module = generate()
+    text = "".join(page(path.name) for path in DOCS.glob("*.md"))
+    assert {name: text.count(f"<!-- generated: {name} -->") for name in module.PARTS} == dict.fromkeys(module.PARTS, 1)
+
+
+def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
+    """And what was written by hand around the part is kept."""
+    for path in (*DOCS.glob("*.md"), DOCS / "generate.py"):
+        (tmp_path / "docs").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "docs" / path.name)
+    shutil.copytree(REPO / "tests/fixtures_plugins", tmp_path / "tests/fixtures_plugins")
+    target = tmp_path / "docs/recipes.md"
+    stale = target.read_text().replace("peak learning rate", "speed").replace("The smallest recipe", "By hand")
+    target.write_text(stale)
+
+    def run(*words: str) -> tuple[int, str]:
+        command = [sys.executable, str(tmp_path / "docs/generate.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout
+
+    assert run("--check") == (1, "recipes.md: stale, run `python docs/generate.py`\n")
+    assert target.read_text() == stale
+    assert run() == (0, "recipes.md: written\n")
+    assert target.read_text() == page("recipes.md").replace("The smallest recipe", "By hand")
+    assert run("--check") == (0, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- generated: nothing -->\n<!-- end: nothing -->", "<!-- generated: formats -->", "<!-- end: formats -->"],
+)
+def test_a_marker_that_fits_nothing(text: str) -> None:
+    with pytest.raises(ValueError, match=r"x\.md"):
+        generate().render(text, "x.md")
+
+
+# --- complete --------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_of_a_recipe_is_documented() -> None:
+    parts = re.split(r"^### ", page("recipes.md"), flags=re.MULTILINE)
+    tables = {part.split("\n")[0]: part for part in parts}
+    classes = {f"[{name}]": cls for name, cls in SECTIONS.items()}
+    classes |= {"[model.lora]": LoRA, "[[data.train]] and [[data.eval]]": Source}
+    assert set(classes) == set(tables) - {parts[0].split("\n")[0]}
+    for header, cls in classes.items():
+        for field in dataclasses.fields(cls):
+            spec = field.metadata["spec"]
+            row = next(line for line in tables[header].splitlines() if line.startswith(f"| `{field.name}` |"))
+            assert spec.help in row and spec.range() in row
+
+
+def test_the_default_budgets_are_those_of_the_engine() -> None:
+    from alignzoo.engine import TOKENS_PER_DEVICE
+
+    row = next(line for line in page("recipes.md").splitlines() if line.startswith("| `tokens_per_device` |"))
+    assert f"{TOKENS_PER_DEVICE['cpu']} on a CPU, {TOKENS_PER_DEVICE['cuda']} on a GPU" in row
+
+
+def test_every_hook_and_every_declaration_is_documented() -> None:
+    text = page("plugins.md")
+    hooks = [name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")]
+    assert hooks == ["alignzoo_losses"]
+    public = [name for name in vars(api.Loss) if not name.startswith("_") and name != "has_prepare"]
+    for name in (*hooks, *DECLARED, *public):
+        assert f"`{name}" in text, name
+    for cls in (api.LogProbs, *api.KINDS.values(), api.LossOutput):
+        for field in dataclasses.fields(cls):
+            if field.name not in ("owner", "more"):  # set by alignzoo
+                assert f"`{field.name}`" in text or f"{field.name}=" in text, f"{cls.__name__}.{field.name}"
+    for parameter in inspect.signature(alignzoo.setting).parameters:
+        assert f"{parameter}" in text
+
+
+def test_every_public_name_is_documented() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    for name in alignzoo.__all__:
+        assert f"alignzoo.{name}" in text, name
+
+
+def test_every_loss_and_setting_is_documented() -> None:
+    text = page("losses.md")
+    rows = [row for row in loss_table(discover()) if row["distribution"] == "alignzoo"]
+    assert rows
+    for row in rows:
+        part = re.split(rf"^## {row['name']}$", text, flags=re.MULTILINE)[1].split("\n## ")[0]
+        assert row["paper"] in text and "Reduction:" in part
+        for setting in row["settings"]:
+            assert f"| `{setting['name']}` |" in part and setting["help"] in part
+
+
+def test_every_command_and_option_is_documented() -> None:
+    text = page("cli.md")
+
+    def walk(words: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+        yield words, command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(f"{words} {name}", inner)
+
+    for words, command in walk("alignzoo", cli):
+        part = re.split(rf"^## {words}$", text, flags=re.MULTILINE)[1].split("\n## ")[0]
+        assert f"Usage: {words} " in part
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert option in part or parameter.param_type_name == "argument"
+
+
+def test_every_metric_is_documented() -> None:
+    text = page("runs.md")
+    names = metrics.RESERVED - {"units", "seconds"}  # kept from plugins, not written
+    for name in names:
+        assert f"| `{name}` |" in text, name
+    for prefix in metrics.RESERVED_PREFIXES:
+        assert f"`{prefix}" in text, prefix
+
+
+def test_every_metric_that_a_run_writes_is_documented() -> None:
+    """Names out of the code that records them, for every kind of data."""
+    from alignzoo.api import KINDS, LogProbs, LossOutput
+
+    mask = torch.tensor([[True, False], [True, True]])
+    sides = {name: LogProbs(policy=torch.zeros(2, 2), reference=torch.zeros(2, 2), mask=mask) for name in "abc"}
+    label, zeros = torch.tensor([True, False]), torch.zeros(2)
+    given = {
+        "demonstrations": {"completion": sides["a"]},
+        "pairs": {"chosen": sides["a"], "rejected": sides["b"]},
+        "labelled": {"completion": sides["a"], "label": label},
+        "groups": {"completion": sides["a"], "rewards": zeros, "group": label.long(), "truncated": label},
+    }
+    documented = set(re.findall(r"`([\w/]+)`", page("runs.md")))
+    assert set(given) == set(KINDS)
+    for kind, cls in KINDS.items():
+        for rewards in (None, (zeros, zeros) if kind == "pairs" else zeros):
+            into = metrics.Accumulator()
+            metrics.record(into, "x", cls(**given[kind]), LossOutput(zeros, rewards=rewards))
+            found = {name for name in into.result() if not name.startswith("log_ratios/")}
+            assert found and found <= documented, found - documented
+
+
+def test_every_module_has_its_line() -> None:
+    text = page("architecture.md")
+    named = re.findall(r"^\| `([\w/.]+)` \|", text, flags=re.MULTILINE)
+    top = {path.name for path in (REPO / "alignzoo").glob("*.py")} | {"data/"}
+    assert sorted(named) == sorted([*top, *(path.name for path in (REPO / "alignzoo/data").glob("*.py"))])
+
+
+def test_every_format_is_documented() -> None:
+    for known in FORMATS:
+        assert f"| `{known.name}` | {known.kind} |" in page("data.md")
+
+
+# --- links and examples ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPO)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in _LINK.findall(_FENCE.sub("", path.read_text(encoding="utf-8"))):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.is_relative_to(REPO) and target.exists(), link
+        if anchor:
+            assert anchor in slugs(target.read_text(encoding="utf-8")), link
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_recipes_on_the_pages_load(text: str, tmp_path: Path) -> None:
+    """A whole recipe as it stands; parts of one put over a small one; other TOML has to parse."""
+    table = tomllib.loads(text)
+    table.pop("extends", None)
+    if not set(table) <= {*SECTIONS, "loss"}:
+        assert {"project", "build-system"} & set(table)
+        return
+    if set(SMALL) <= set(table):
+        path = tmp_path / "page.toml"
+        path.write_text(text, encoding="utf-8")
+        recipe = load_recipe(path)
+    else:
+        merged = {name: {**SMALL.get(name, {}), **table.get(name, {})} for name in {**SMALL, **table}}
+        recipe = load_recipe(merged)
+    from alignzoo.check import find_loss
+
+    find_loss(recipe, discover())
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_on_the_pages(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin is loaded, a fragment has to compile; what needs no model is run."""
+    if "alignzoo_losses" in text:
+        file = tmp_path / "page.py"
+        file.write_text(text, encoding="utf-8")
+        losses = [info for info in discover([file]).losses().values() if info.distribution == "file"]
+        assert losses and callable(losses[0].cls())
+        return
+    code = compile(text, "page.py", "exec")
+    if "alignzoo.run(" not in text and "def prepare" not in text:
+        monkeypatch.chdir(REPO)
+        exec(code, {})
+
+
+def test_the_example_of_prepare_keeps_the_contract() -> None:
+    text = next(t for _, t in _FENCE.findall(page("plugins.md")) if "def prepare" in t)
+    made: dict[str, Any] = {}
+    exec(text, made)
+    stats = alignzoo.SequenceStats(torch.tensor([1.0, 3.0]), torch.ones(2), torch.tensor([0.0, 0.0]))
+    results, state = made["prepare"](None, alignzoo.Step(rows=torch.arange(2), mismatched=stats), {"a": stats.policy})
+    assert results["baseline"].item() == 2.0 and list(state) == ["a"]
+
+
+def test_the_mistake_that_recipes_md_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    lines = ["", "[loss]", 'name = "dpo"', "", "[model]", 'path = "a/b"', "", "[data]", 'train = "rows"', "", "[train]"]
+    Path("dpo.toml").write_text("\n".join([*lines, "learning_rate = 1", "", "batch_size = 0", ""]))
+    result = CliRunner().invoke(cli, ["run", "dpo.toml", "--set", "trian.learning_rate=1"])
+    assert result.stderr.strip() in page("recipes.md")
+
+
+def test_the_pages_speak_of_the_project_alone() -> None:
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"/work/|/tmp/|/home/|/root/|localhost", text), path
