@@ -48,6 +48,10 @@ class Location:
 def locate(path: str, revision: str | None = None) -> Location:
     """Resolves model.path: package:, run:, a .gguf file, a folder or a hub id. Raises ModelError with the way out."""
     scheme, _, rest = path.partition(":")
+    if revision is not None and (scheme in ("package", "run") or Path(path).expanduser().exists()):
+        raise ModelError(
+            f'model.path: {path} is no hub id, and revision = "{revision}" is given', fix="leave the revision out"
+        )
     if scheme == "package":
         return _in_package(path, rest)
     if scheme == "run":
@@ -241,9 +245,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, base: str, merge: bo
 def hash_weights(where: Location) -> dict[str, str]:
     """sha256 of the files that a location's weights are in; empty for a hub id that is not in the cache."""
     if where.base is not None:
-        return hash_weights(where.base) | {
-            Path(where.path).name: hash_file(Path(where.path) / "adapter_model.safetensors")
-        }
+        adapter = Path(where.path) / "adapter_model.safetensors"
+        return hash_weights(where.base) | {adapter.name: hash_file(adapter)}
     if where.gguf is not None:
         return {where.gguf: hash_file(Path(where.path) / where.gguf)}
     folder = Path(where.path) if not where.is_hub else _snapshot(where)

@@ -243,8 +243,9 @@ def check_output(loss: Loss, batch: Batch, output: Any) -> None:
     for reward in rewards if isinstance(rewards, tuple) else (rewards,):
         if not isinstance(reward, Tensor) or reward.shape != (n,) or reward.requires_grad:
             raise _breach(loss, f"rewards are detached tensors of shape ({n},)")
-    if isinstance(output.rewards, tuple) and (len(output.rewards) != 2 or loss.data != "pairs"):
-        raise _breach(loss, "rewards are one tensor, or for pairs (chosen, rejected)")
+    wanted = 2 if loss.data == "pairs" else 1
+    if output.rewards is not None and (len(rewards) if isinstance(rewards, tuple) else 1) != wanted:
+        raise _breach(loss, "rewards are (chosen, rejected) for pairs, one tensor for other data")
 
 
 def _check_term(loss: Loss, term: Term, n: int, tables: set[tuple[int, ...]]) -> None:

@@ -305,6 +305,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
         (lambda b: alignzoo.LossOutput(b.chosen.sum(), metrics={"loss": b.chosen.lengths}), "own"),
         (lambda b: alignzoo.LossOutput(b.chosen.sum(), metrics={"rewards/x": b.chosen.lengths}), "own"),
         (lambda b: alignzoo.LossOutput(b.chosen.sum(), rewards=(b.chosen.sum().detach(),)), "rewards"),
+        (lambda b: alignzoo.LossOutput(b.chosen.sum(), rewards=b.chosen.sum().detach()), "rewards"),
         (lambda b: alignzoo.LossOutput(b.chosen.sum(), mask=b.chosen.mean() < -2), "units"),
     ],
 )

