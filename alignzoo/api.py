@@ -213,6 +213,7 @@ class LossOutput:
     mask: Tensor | None = None  # (B,), or (N, T) and required with per="token"
     metrics: Mapping[str, Tensor | Metric] = field(default_factory=dict)  # (B,) or (N,) detached, or metric(...)
     rewards: Tensor | tuple[Tensor, Tensor] | None = None  # (chosen (B,), rejected (B,)), or (N,); detached
+    threshold: Tensor | None = None  # () or (N,), labelled rows: the reward that tells good from bad; 0 if not given
     more: tuple[Term, ...] = ()  # the terms that `+` added
 
     @property
@@ -231,6 +232,7 @@ class LossOutput:
             self,
             metrics={**self.metrics, **other.metrics},
             rewards=other.rewards if self.rewards is None else self.rewards,
+            threshold=other.threshold if self.rewards is None else self.threshold,
             more=(*self.more, *other.terms),
         )
 

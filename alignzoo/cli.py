@@ -85,17 +85,32 @@ def data() -> None:
     """Look at data files."""
 
 
+def _columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """OURS=THEIRS, several times, as a dictionary."""
+    pairs = [value.partition("=") for value in values]
+    for ours, equals, theirs in pairs:
+        if not (ours and equals and theirs):
+            raise click.BadParameter(f'"{ours}{equals}{theirs}" is not OURS=THEIRS', context, parameter)
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
 @data.command("show")
 @click.argument("path")
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(1), help="How many rows to print.")
 @click.option("--split", default=None, help="Split of a saved or hub data set.")
-def data_show(path: str, rows: int, split: str | None) -> None:
-    """Print what alignzoo reads from PATH: format, kind, columns, counts and the first rows."""
+@click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=_columns,
+              help="Read THEIRS as our column OURS, e.g. prompt=question. May be repeated.")  # fmt: skip
+def data_show(path: str, rows: int, split: str | None, format: str, columns: dict[str, str]) -> None:
+    """Print what alignzoo reads from PATH: format, kind, columns, counts and the first rows.
+
+    Brackets stand around what a loss learns.
+    """
     from rich.console import Console
 
     from alignzoo.data.show import show_rows
 
-    Console().print(show_rows(path, rows, split=split))
+    Console().print(show_rows(path, rows, split=split, format=format, columns=columns))
 
 
 @cli.command()

@@ -14,7 +14,7 @@ from alignzoo.api import Batch, Labelled, LogProbs, LossOutput, Metric, Pairs
 from alignzoo.errors import PluginError
 from alignzoo.objective import log_probs_of
 
-TIE = 1e-3  # margins nearer to 0 than this count as half right: with policy == reference they are rounding noise
+TIE = 1e-3  # what is nearer to 0 than this counts as half right: with policy == reference it is rounding noise
 RESERVED = frozenset({
     "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "memory", "step", "epoch", "units",
     "padding_fraction", "router_loss", "seconds", "skipped_steps",
@@ -54,6 +54,8 @@ class Accumulator:
     def result(self) -> dict[str, float]:
         """Plain numbers; a mean over nothing is left out."""
         means = {n: (s / self.counts[n]).item() for n, s in self.sums.items() if self.counts[n].item() > 0}
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():  # of labelled rows; pairs have recorded theirs
+            means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
         return means | {n: value.item() for n, (_, value) in self.extremes.items()}
 
 
@@ -101,6 +103,8 @@ def _record_rewards(into: Accumulator, batch: Batch, output: LossOutput) -> None
         if isinstance(batch, Labelled):
             into.mean("rewards/chosen", rewards, batch.label)
             into.mean("rewards/rejected", rewards, ~batch.label)
+            lead = rewards if output.threshold is None else rewards - output.threshold
+            _record_right(into, "rewards", torch.where(batch.label, lead, -lead))
         else:
             into.mean("rewards/completion", rewards)
 
@@ -119,9 +123,14 @@ def _implicit(batch: Pairs) -> tuple[str, tuple[Tensor, Tensor]]:
 
 
 def _record_margin(into: Accumulator, prefix: str, margin: Tensor) -> None:
-    tie = margin.abs() <= TIE
     into.mean(f"{prefix}/margins", margin)
-    into.mean(f"{prefix}/accuracies", torch.where(tie, 0.5, (margin > 0).double()))
+    _record_right(into, prefix, margin)
+
+
+def _record_right(into: Accumulator, prefix: str, lead: Tensor) -> None:
+    """Accuracy and ties. lead: the margin of a pair, or how far the reward of a labelled row is on its own side."""
+    tie = lead.abs() <= TIE
+    into.mean(f"{prefix}/accuracies", torch.where(tie, 0.5, (lead > 0).double()))
     into.mean(f"{prefix}/ties", tie.double())
 
 

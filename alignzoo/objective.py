@@ -246,6 +246,16 @@ def check_output(loss: Loss, batch: Batch, output: Any) -> None:
     wanted = 2 if loss.data == "pairs" else 1
     if output.rewards is not None and (len(rewards) if isinstance(rewards, tuple) else 1) != wanted:
         raise _breach(loss, "rewards are (chosen, rejected) for pairs, one tensor for other data")
+    if output.threshold is not None:
+        _check_threshold(loss, output, n)
+
+
+def _check_threshold(loss: Loss, output: LossOutput, n: int) -> None:
+    threshold = output.threshold
+    if not isinstance(threshold, Tensor) or threshold.shape not in ((), (n,)) or threshold.requires_grad:
+        raise _breach(loss, f"a threshold is a detached tensor of shape () or ({n},)")
+    if loss.data != "labelled" or output.rewards is None:
+        raise _breach(loss, "a threshold is for the rewards of labelled rows")
 
 
 def _check_term(loss: Loss, term: Term, n: int, tables: set[tuple[int, ...]]) -> None:

@@ -85,10 +85,14 @@ class Data:
         "drop", "what is too long: drop the row, cut the prompt's start, or cut the completion's end"
     )
     chat_template: str = setting(
-        "auto", "auto: the tokenizer's for chat rows and, where there is one, for strings; none: raw text; or a path"
+        "auto",
+        "auto: the tokenizer's, also for strings; none: raw text; a bundled name, e.g. chatml; or a path",
     )
     chat_template_kwargs: dict[str, Any] = setting({}, "passed to the chat template, e.g. {enable_thinking = false}")
     system: str | None = setting(None, "system turn of rows that have none")
+    train_on: Literal["every", "last"] = setting(
+        "every", "of a conversation to imitate: every assistant turn is learned, or the last only"
+    )
     columns: dict[str, str] = setting({}, 'our column = the file\'s, e.g. {chosen = "good"}')
     keep: tuple[str, ...] = setting((), "numeric columns that the loss gets as batch.extra")
     on_bad_row: Literal["fail", "skip"] = setting(

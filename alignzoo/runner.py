@@ -234,7 +234,8 @@ def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Consol
         records, eval_rows=len(job.data.eval), eval_pairs=len(job.pairs), train_rows=len(job.data.train),
         model_path=model_path, seconds=seconds, recipe=recipe.name, loss=job.info.name,
     )  # fmt: skip
-    plot = finish(run_dir, records, samples, figures, title=f"{recipe.name}: {job.info.name}")
+    title = recipe.name if recipe.name == job.info.name else f"{recipe.name} ({job.info.name})"
+    plot = finish(run_dir, records, samples, figures, title=title)
     engine.accelerator.end_training()
     if samples:
         console.print(samples_table(samples))

@@ -1,7 +1,8 @@
-"""Writes the generated parts of docs/*.md: `python docs/generate.py`. With --check it only names the stale pages.
+"""Writes the generated parts of the pages here: `python docs/generate.py`. With --check it only names the stale pages.
 
 A page holds `<!-- generated: NAME -->` and `<!-- end: NAME -->`; what stands between them is made here from the code,
-what stands around them is written by hand and kept.
+what stands around them is written by hand and kept. So is what stands between `<!-- run: LOSS -->` and
+`<!-- end: run -->`: the figures of a run of that loss's recipe.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +23,7 @@ from alignzoo import schema
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.data.rows import REASONS
-from alignzoo.plugins import BLOCK, LossInfo, discover, loss_table
+from alignzoo.plugins import BLOCK, LossInfo, Registry, discover, loss_table
 from alignzoo.recipe import SECTIONS
 from alignzoo.tables import reference_in_words
 
@@ -27,7 +31,8 @@ DOCS = Path(__file__).resolve().parent
 EXAMPLE = DOCS.parent / "tests" / "fixtures_plugins" / "alignzoo_ipo2.py"
 WIDTH = 100  # columns of the --help pages
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
-_MARK = re.compile(r"<!-- (?:generated|end): ")
+_RUN = re.compile(r"<!-- run: [\w-]+ -->\n.*?<!-- end: run -->", re.DOTALL)
+_MARK = re.compile(r"<!-- (?:generated|run|end): ")
 _ABOUT = {
     "model": "What is trained.",
     "reference": "What the policy is compared with. A loss that needs no reference leaves this section without effect.",
@@ -85,23 +90,41 @@ def nested(section: str, cls: type) -> dict[type, list[str]]:
     return found
 
 
-# --- losses.md
+# --- losses.md and losses/*.md
+
+
+def own_losses(registry: Registry) -> list[Mapping[str, Any]]:
+    """The losses that come with alignzoo."""
+    return [row for row in loss_table(registry) if row["distribution"] == "alignzoo"]
 
 
 def losses() -> list[str]:
     """The losses that come with alignzoo, in a table and then each with its docstring and settings."""
     registry = discover()
-    rows = [row for row in loss_table(registry) if row["distribution"] == "alignzoo"]
+    rows = own_losses(registry)
     overview = [
         (f"[`{r['name']}`](#{r['name']})", r["family"], r["data"], reference_in_words(r), r["paper"]) for r in rows
     ]
     lines = [*table(("loss", "family", "data", "reference", "paper"), overview), ""]
     for row in rows:
-        info = registry.get(row["name"])
-        lines += [f"## {row['name']}", "", inspect.cleandoc(module_doc(info)), ""]
-        settings = schema.rows_of(info.cls.Settings)
-        lines += [*setting_rows(settings), ""] if settings else ["It has no settings.", ""]
+        info, name = registry.get(row["name"]), row["name"]
+        link = f"When to use it, what to watch, a run: [losses/{name}.md](losses/{name}.md)."
+        lines += [f"## {name}", "", inspect.cleandoc(module_doc(info)), "", link, "", *settings(info), ""]
     return lines
+
+
+def settings(info: LossInfo) -> list[str]:
+    """The settings of a loss."""
+    rows = schema.rows_of(info.cls.Settings)
+    return setting_rows(rows) if rows else ["It has no settings."]
+
+
+def equation(info: LossInfo) -> list[str]:
+    """The indented lines of the docstring that a loss's file begins with. Raises ValueError where there are none."""
+    lines = [line for line in inspect.cleandoc(module_doc(info)).splitlines() if line.startswith("    ")]
+    if not lines:
+        raise ValueError(f"{info.cls.__module__}: its docstring has no equation, indented by four spaces")
+    return ["```text", *textwrap.dedent("\n".join(lines)).splitlines(), "```"]
 
 
 def module_doc(info: LossInfo) -> str:
@@ -157,32 +180,45 @@ PARTS: dict[str, Callable[[], list[str]]] = {
 # --- pages
 
 
-def render(text: str, page: str) -> str:
+def all_parts() -> dict[str, Callable[[], list[str]]]:
+    """Every part by its name: those of PARTS, and of each loss its equation and its settings."""
+    registry = discover()
+    found = dict(PARTS)
+    for row in own_losses(registry):
+        info = registry.get(row["name"])
+        found[f"equation-{row['name']}"] = partial(equation, info)
+        found[f"settings-{row['name']}"] = partial(settings, info)
+    return found
+
+
+def render(text: str, page: str, known: Mapping[str, Callable[[], list[str]]]) -> str:
     """A page with its generated parts made anew. Raises ValueError for a marker that fits nothing."""
     parts = list(_PART.finditer(text))
-    if len(_MARK.findall(text)) != 2 * len(parts):
+    if len(_MARK.findall(_RUN.sub("", text))) != 2 * len(parts):
         raise ValueError(f"{page}: a marker without its partner, or one inside of another part")
     for part in parts:
-        if part["name"] not in PARTS:
-            raise ValueError(f'{page}: no part is called "{part["name"]}"; there are {", ".join(PARTS)}')
-    return _PART.sub(lambda part: part[1] + "\n" + "\n".join(PARTS[part["name"]]()).strip() + "\n\n" + part[4], text)
+        if part["name"] not in known:
+            raise ValueError(f'{page}: no part is called "{part["name"]}"; there are {", ".join(known)}')
+    return _PART.sub(lambda part: part[1] + "\n" + "\n".join(known[part["name"]]()).strip() + "\n\n" + part[4], text)
 
 
 def stale(folder: Path = DOCS) -> dict[Path, str]:
     """The pages that differ from what the code says, with the text that they should have."""
     os.environ.pop(BLOCK, None)  # what is blocked here is documented all the same
-    pages = {page: page.read_text(encoding="utf-8") for page in sorted(folder.glob("*.md"))}
-    fresh = {page: render(text, page.name) for page, text in pages.items()}
+    known = all_parts()
+    pages = {page: page.read_text(encoding="utf-8") for page in sorted(folder.rglob("*.md"))}
+    fresh = {page: render(text, str(page.relative_to(folder)), known) for page, text in pages.items()}
     return {page: text for page, text in fresh.items() if text != pages[page]}
 
 
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 where a page is stale.")
 def main(check: bool) -> None:
-    """Write the generated parts of docs/*.md."""
+    """Write the generated parts of the pages in docs/."""
     pages = stale()
     for page, text in pages.items():
-        click.echo(f"{page.name}: {'stale, run `python docs/generate.py`' if check else 'written'}")
+        name = page.relative_to(DOCS)
+        click.echo(f"{name}: {'stale, run `python docs/generate.py`' if check else 'written'}")
         if not check:
             page.write_text(text, encoding="utf-8")
     if check and pages:

@@ -6,7 +6,7 @@ Every batch is ragged, and what lies outside its masks is POISON: a loss that re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,45 @@ def pairs_with_log_ratios(
     return alignzoo.Pairs(chosen=side(chosen), rejected=side(rejected))
 
 
+def make_labelled(
+    seed: int = 0, n: int = 5, longest: int = 6, baseline: float = 0.7, **options: Any
+) -> alignzoo.Labelled:
+    """A batch of labelled rows, every other one desirable, with a baseline in `step`; options as for `completion`."""
+    return batch_of("labelled", [random_completion(seed, n, longest, **options)], baseline)
+
+
+def labelled_with_log_ratios(ratios: Sequence[float], labels: Sequence[bool], **options: Any) -> alignzoo.Labelled:
+    """Labelled rows of two-token completions with these summed log-ratios."""
+    side = pairs_with_log_ratios(ratios, ratios, **options).chosen
+    return alignzoo.Labelled(completion=side, label=torch.tensor(labels))
+
+
+def batch_of(kind: str, sides: Sequence[alignzoo.LogProbs], baseline: float = 0.0) -> Any:
+    """A batch of any kind from one or two sides; of labelled rows every other one is desirable."""
+    label = torch.arange(len(sides[0].mask)) % 2 == 0
+    makers: dict[str, Callable[[], Any]] = {
+        "demonstrations": lambda: alignzoo.Demonstrations(completion=sides[0]),
+        "pairs": lambda: alignzoo.Pairs(chosen=sides[0], rejected=sides[1]),
+        "labelled": lambda: alignzoo.Labelled(
+            completion=sides[0], label=label, step={"baseline": torch.tensor(baseline, dtype=sides[0].policy.dtype)}
+        ),
+    }
+    return makers[kind]()
+
+
+def row_of(batch: Any, i: int) -> Any:
+    """The batch with one row of it only."""
+
+    def cut(part: alignzoo.LogProbs) -> alignzoo.LogProbs:
+        reference = None if part.reference is None else part.reference[i : i + 1]
+        return dataclasses.replace(part, policy=part.policy[i : i + 1], mask=part.mask[i : i + 1], reference=reference)
+
+    rows: dict[str, Any] = {name: cut(part) for name, part in completions_of(batch).items()}
+    if isinstance(batch, alignzoo.Labelled):
+        rows["label"] = batch.label[i : i + 1]
+    return dataclasses.replace(batch, **rows)
+
+
 def completions_of(batch: Any) -> dict[str, alignzoo.LogProbs]:
     """The LogProbs of a batch by the name of their field."""
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
@@ -90,6 +129,16 @@ def tokens(values: Tensor, mask: Tensor) -> list[list[float]]:
     return [
         [v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)
     ]
+
+
+def units_by_term(output: alignzoo.LossOutput) -> list[list[float]]:
+    """Of each term the values that count."""
+    return [(t.loss.flatten() if t.mask is None else t.loss[t.mask]).tolist() for t in output.terms]
+
+
+def units(output: alignzoo.LossOutput) -> list[float]:
+    """The values that count, one term after the other."""
+    return [value for term in units_by_term(output) for value in term]
 
 
 def total(output: alignzoo.LossOutput) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from alignzoo.data import formats
+from alignzoo.data import columns, formats
 from alignzoo.data.kinds import converter
-from alignzoo.data.rows import REASONS, BadRow, Example
+from alignzoo.data.rows import REASONS, BadRow, Dropped, Example
 from alignzoo.errors import DataError
 
 
@@ -46,7 +46,7 @@ NULLS = {**A, "tool_calls": None, "name": None}
         ({"prompt": "p", "completion": "c"}, "prompt_completion", Example("demonstrations", "p", ("c",))),
         ({"prompt": [U], "completion": [A]}, "prompt_completion", Example("demonstrations", (U,), ((A,),))),
         ({"messages": [U, A]}, "messages", Example("demonstrations", (U,), ((A,),))),
-        ({"messages": [U, A, U, A, B]}, "messages", Example("demonstrations", (U, A, U), ((A, B),))),
+        ({"messages": [U, A, U, A, B]}, "messages", Example("demonstrations", (U,), ((A, U, A, B),))),
         ({"messages": [A]}, "messages", Example("demonstrations", (), ((A,),))),
         ({"prompt": "p", "completion": "c", "label": True}, "labelled", Example("labelled", "p", ("c",), True)),
         ({"prompt": "p", "completion": "c", "label": "False"}, "labelled", Example("labelled", "p", ("c",), False)),
@@ -116,17 +116,18 @@ def test_wrong_rows_have_a_reason(row: dict[str, Any], reason: str) -> None:
 
 def test_a_tool_call_is_no_empty_completion() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    assert convert({"messages": [U, call]}).completions == (({**call, "content": ""},),)
+    function = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert convert({"messages": [U, call]}).completions == (({**call, "content": "", "tool_calls": [function]},),)
 
 
 def test_unknown_columns_name_the_formats_and_suggest_a_mapping() -> None:
     with pytest.raises(DataError) as error:
-        formats.detect(["question", "Answer"], "auto", "gsm.jsonl")
+        formats.detect(["task", "Winner", "loser"], "auto", "gsm.jsonl")
     text = str(error.value)
     assert "gsm.jsonl" in text
-    assert "question, Answer" in text
+    assert "task, Winner, loser" in text
     assert all(known.name in text for known in formats.FORMATS)
-    assert 'data.columns = {prompt = "question", completion = "Answer"}' in text
+    assert 'data.columns = {prompt = "task", chosen = "Winner", rejected = "loser"}' in text
 
 
 def test_near_column_names_are_suggested() -> None:
@@ -146,23 +147,23 @@ def test_a_named_format() -> None:
 
 def test_renaming() -> None:
     row = {"a": 1, "b": 2, "c": 3}
-    assert formats.rename(row, {"prompt": "a"}) == {"b": 2, "c": 3, "prompt": 1}
-    assert formats.rename(row, {"a": "b", "b": "a"}) == {"a": 2, "b": 1, "c": 3}
-    formats.check_mapping(["a"], {"prompt": "a"}, "f")
+    assert columns.rename(row, {"prompt": "a"}) == {"b": 2, "c": 3, "prompt": 1}
+    assert columns.rename(row, {"a": "b", "b": "a"}) == {"a": 2, "b": 1, "c": 3}
+    columns.check_mapping(["a"], {"prompt": "a"}, "f")
     with pytest.raises(DataError, match=r'no column "question".*"questions"'):
-        formats.check_mapping(["questions"], {"prompt": "question"}, "f")
+        columns.check_mapping(["questions"], {"prompt": "question"}, "f")
 
 
 def test_kept_columns() -> None:
     row = {"a": True, "b": 3, "c": "0.5", "d": -1.5}
-    assert formats.numbers(row, "abcd") == {"a": 1.0, "b": 3.0, "c": 0.5, "d": -1.5}
+    assert columns.numbers(row, "abcd") == {"a": 1.0, "b": 3.0, "c": 0.5, "d": -1.5}
     for wrong in ("x", "", float("nan"), float("inf"), 10**400, 1e300, [], {}):
         with pytest.raises(BadRow, match="keep-not-a-number"):
-            formats.numbers({"a": wrong}, ["a"])
+            columns.numbers({"a": wrong}, ["a"])
     with pytest.raises(BadRow, match="missing-column"):
-        formats.numbers({"a": None}, ["a"])
+        columns.numbers({"a": None}, ["a"])
     with pytest.raises(DataError, match=r'no such column.*"score"'):
-        formats.check_keep(["score"], ["scores"], "f")
+        columns.check_keep(["score"], ["scores"], "f")
 
 
 def test_conversions() -> None:
@@ -175,13 +176,18 @@ def test_conversions() -> None:
         ("labelled", ("a",), True),
         ("labelled", ("b",), False),
     ]
+    desirable, words = converter("labelled", "demonstrations", "f")
+    assert desirable(Example("labelled", "p", ("a",), True)) == (Example("demonstrations", "p", ("a",)),)
+    with pytest.raises(Dropped, match="undesirable"):
+        desirable(Example("labelled", "p", ("a",), False))
+    assert "dropped" in words
     same, words = converter("pairs", "pairs", "f")
     assert (same(pair), words) == ((pair,), "")
 
 
 @pytest.mark.parametrize(
     ("held", "wanted"),
-    [("demonstrations", "pairs"), ("labelled", "pairs"), ("labelled", "demonstrations"), ("pairs", "groups")],
+    [("demonstrations", "pairs"), ("labelled", "pairs"), ("demonstrations", "labelled"), ("pairs", "groups")],
 )
 def test_impossible_conversions(held: str, wanted: str) -> None:
     with pytest.raises(DataError, match=rf"(?s)f: holds {held}, and the loss wants {wanted}.*way out"):

@@ -1,13 +1,15 @@
-"""The real tokenizer of SmolLM2 and real files; both are absent on some machines."""
+"""Real files and the real tokenizer of SmolLM2; both are absent on some machines."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_data_tokenizers import CHATML, make_tokenizer
 
 from alignzoo.data.dataset import Prepared, prepare
 from alignzoo.data.show import rendered_row
@@ -29,14 +31,76 @@ def smollm2() -> Any:
     return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file=GGUF)
 
 
-def shared(name: str) -> str:
+def shared(name: str) -> Path:
     if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not beside this checkout")
-    return str(SHARED / name)
+        pytest.skip(f"{name} is not beside this checkout (../shared/data)")
+    return SHARED / name
 
 
-def run(path: str, kind: str, **keys: Any) -> Prepared:
-    return prepare(Data(train=path, **keys), kind, smollm2(), needs_mismatched=False, seed=0, say=lambda line: None)
+def run(path: Path, kind: str, tokenizer: Any = None, **keys: Any) -> Prepared:
+    tokenizer = tokenizer or make_tokenizer(template=CHATML, eos="<|im_end|>")
+    return prepare(
+        Data(train=str(path), max_length=100_000, **keys), kind, tokenizer,
+        needs_mismatched=False, seed=0, say=lambda line: None,
+    )  # fmt: skip
+
+
+FILES = [
+    ("llamafactory/dpo_en_demo.json", "pairs", "sharegpt_pairs", 300),
+    ("llamafactory/dpo_zh_demo.json", "pairs", "sharegpt_pairs", 300),
+    ("llamafactory/dpo_en_demo.json", "demonstrations", "sharegpt_pairs", 300),
+    ("llamafactory/dpo_en_demo.json", "labelled", "sharegpt_pairs", 600),
+    ("llamafactory/kto_en_demo.json", "labelled", "labelled_messages", 300),
+    ("llamafactory/alpaca_en_demo.json", "demonstrations", "alpaca", 999),
+    ("llamafactory/identity.json", "demonstrations", "alpaca", 91),
+    ("llamafactory/glaive_toolcall_en_demo.json", "demonstrations", "sharegpt", 300),
+    ("gsm8k/test.jsonl", "demonstrations", "prompt_completion", 1319),
+    ("gsm8k/train.jsonl", "demonstrations", "prompt_completion", 7473),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "format", "rows"), FILES)
+def test_every_file_is_read_whole(name: str, kind: str, format: str, rows: int) -> None:
+    prepared = run(shared(name), kind)
+    source = prepared.report.sources[0]
+    assert (source.format, source.kept, dict(source.dropped)) == (format, rows, {})
+    assert len(prepared.train) == rows
+    assert all(len(tree.prompt) and all(c.counted for c in tree.completions) for tree in prepared.train)
+
+
+def test_kto_demo_is_no_data_for_pairs_and_its_good_half_can_be_imitated() -> None:
+    path = shared("llamafactory/kto_en_demo.json")
+    labels = [row["label"] for row in json.loads(path.read_text())]
+    assert [tree.label for tree in run(path, "labelled").train] == labels
+    good = run(path, "demonstrations")
+    assert len(good.train) == sum(labels)
+    assert good.report.sources[0].dropped == {"undesirable": len(labels) - sum(labels)}
+    with pytest.raises(DataError, match="holds labelled, and the loss wants pairs"):
+        run(path, "pairs")
+
+
+def test_answers_are_decoded_as_they_stand_in_the_file() -> None:
+    tokenizer = make_tokenizer(template=CHATML, eos="<|im_end|>")
+    rows = json.loads(shared("llamafactory/alpaca_en_demo.json").read_text())
+    for tree, row in zip(run(shared("llamafactory/alpaca_en_demo.json"), "demonstrations").train, rows, strict=True):
+        assert tokenizer.decode(tree.completions[0].ids) == f"{row['output']}<|im_end|>\n"
+        asked = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
+        assert tokenizer.decode(tree.prompt).endswith(f"user\n{asked}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_every_call_and_answer_of_the_tool_demo_is_learned_and_no_result() -> None:
+    path = shared("llamafactory/glaive_toolcall_en_demo.json")
+    tokenizer = make_tokenizer(template=CHATML, eos="<|im_end|>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for tree, row in zip(run(path, "demonstrations").train, json.loads(path.read_text()), strict=True):
+        completion = tree.completions[0]
+        learned = completion.ids if completion.mask is None else completion.ids[completion.mask]
+        speakers = [turn["from"] for turn in row["conversations"]]
+        assert (learned == end).sum() == speakers.count("gpt") + speakers.count("function_call")
+        text = tokenizer.decode(learned)
+        assert text.count("<tool_call>") == speakers.count("function_call")
+        assert "<tool_response>" not in text
+        assert all(turn["value"] in text for turn in row["conversations"] if turn["from"] == "gpt")
 
 
 @pytest.mark.real
@@ -48,7 +112,7 @@ def test_trl_tokenises_the_shop_data_in_the_same_way() -> None:
     if not SHOP.exists():
         pytest.skip("no recipes/data")
     tokenizer = smollm2()
-    ours = run(str(SHOP), "pairs").train[:50]
+    ours = run(SHOP, "pairs", tokenizer).train[:50]
     theirs = load_dataset("json", data_files=str(SHOP), split="train").select(range(50))
     for tree, row in zip(ours, theirs, strict=True):
         roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
@@ -65,27 +129,11 @@ def test_trl_tokenises_the_shop_data_in_the_same_way() -> None:
 
 
 @pytest.mark.real
-def test_kto_demo() -> None:
-    prepared = run(shared("llamafactory/kto_en_demo.json"), "labelled", max_length=1024)
-    source = prepared.report.sources[0]
-    assert (source.rows, source.format) == (300, "labelled_messages")
-    assert source.kept + sum(source.dropped.values()) == 300
-    assert source.kept > 200
-    assert {tree.label for tree in prepared.train} == {True, False}
-    assert "desirable" in rendered_row(prepared.train[0], smollm2())
-    with pytest.raises(DataError, match="holds labelled, and the loss wants demonstrations"):
-        run(shared("llamafactory/kto_en_demo.json"), "demonstrations")
-
-
-@pytest.mark.real
-def test_gsm8k_and_alpaca_with_mapped_columns() -> None:
-    columns = {"prompt": "question", "completion": "answer"}
-    prepared = run(shared("gsm8k/test.jsonl"), "demonstrations", columns=columns, eval_fraction=0.1)
-    assert len(prepared.train) + len(prepared.eval) == 1319
-    assert len(prepared.eval) == 132
-    with pytest.raises(DataError, match=r'data\.columns = \{prompt = "question", completion = "answer"\}'):
-        run(shared("gsm8k/test.jsonl"), "demonstrations")
-    columns = {"prompt": "instruction", "completion": "output"}
-    alpaca = run(shared("llamafactory/alpaca_en_demo.json"), "demonstrations", columns=columns, on_bad_row="skip")
-    assert alpaca.report.sources[0].unused == ("input",)
-    assert len(alpaca.train) > 900
+def test_real_files_with_the_real_tokenizer() -> None:
+    kto = run(shared("llamafactory/kto_en_demo.json"), "labelled", smollm2())
+    assert "desirable" in rendered_row(kto.train[0], smollm2())
+    assert "rows without a system turn get its own: 'You are a helpful AI assistant" in kto.report.template
+    gsm8k = run(shared("gsm8k/test.jsonl"), "demonstrations", smollm2(), eval_fraction=0.1)
+    assert (len(gsm8k.train), len(gsm8k.eval)) == (1187, 132)
+    glaive = run(shared("llamafactory/glaive_toolcall_en_demo.json"), "demonstrations", smollm2(), train_on="last")
+    assert all(tree.completions[0].mask is None for tree in glaive.train)

@@ -76,8 +76,62 @@ def test_show_conversations_and_labels(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"messages": turns, "label": True}]))
     text = shown(str(path))
     assert "user: hi [red]" in text
-    assert "assistant: hello" in text
+    assert "assistant: ⟦hello⟧" in text
     assert "true (desirable)" in text
+    assert "1 desirable, 0 undesirable" in text
+
+
+def test_show_tools_placeholders_and_every_learned_turn(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    said = [
+        ("human", "rice?"),
+        ("function_call", '{"name": "find", "arguments": {"what": "rice"}}'),
+        ("observation", "yes"),
+    ]
+    turns = [{"from": speaker, "value": text} for speaker, text in [*said, ("gpt", "{{name}} has it")]]
+    path.write_text(json.dumps([{"conversations": turns, "tools": '[{"name": "find"}]', "id": 7}]))
+    text = shown(str(path))
+    for words in ("sharegpt", "│ tools        │ find", 'assistant: ⟦find({"what": "rice"})⟧', "tool: yes",
+                  "user: rice?", "assistant: ⟦{{name}} has it⟧", "{{name}} in 1 rows", "all of them learned",
+                  "not used  id"):  # fmt: skip
+        assert words in text
+
+
+def test_show_prompts_text_and_dropped_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "1 + 1?", "truth": {"is": 2}}\n')
+    text = shown(str(path))
+    for words in ("kind     prompts", 'column "question" is read as prompt', 'truth: {"is": 2}'):
+        assert words in text
+    path.write_text('{"text": "Once upon a time"}\n')
+    text = shown(str(path))
+    assert "⟦Once upon a time⟧" in text
+    assert "│ prompt" not in text
+    tie = {"context": "q", "response1": "a", "response2": "b", "overall_preference": 0}
+    path.write_text(json.dumps(tie) + "\n" + json.dumps({**tie, "overall_preference": 1}) + "\n")
+    text = shown(str(path))
+    assert "2 read, 1 usable" in text
+    assert "1 dropped: neither answer is preferred [no-preference]" in text
+
+
+def test_the_command_takes_a_format_and_columns(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from alignzoo.cli import cli
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"task": "1 + 1?", "solved": "2", "other": "3"}\n')
+    command = ["data", "show", str(path)]
+    asked = ["--column", "prompt=task", "--column", "completion=solved"]
+    result = CliRunner().invoke(cli, [*command, *asked])
+    assert result.exit_code == 0
+    assert "prompt_completion" in result.output
+    result = CliRunner().invoke(cli, [*command, *asked, "--format", "prompts"])
+    assert "kind     prompts" in result.output
+    for wrong, words in ((["--format", "promts"], 'did you mean "prompts"'), (["--column", "prompt"], "OURS=THEIRS")):
+        result = CliRunner().invoke(cli, [*command, *wrong])
+        assert result.exit_code == 2
+        assert words in result.output
 
 
 def test_a_file_without_one_readable_row(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_data_tokenizers import CHATML, chat_tokenizer, make_tokenizer
 
-from alignzoo.data.rows import BadRow, Example
+from alignzoo.data.rows import BadRow, Dropped, Example
 from alignzoo.data.template import choose_template, render
-from alignzoo.data.tokenise import Dropped, Encoder, Limits, Pieces, fit, prompt_ids, split
+from alignzoo.data.tokenise import Encoder, Limits, Pieces, fit, prompt_ids, split
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data
 from alignzoo.tree import Completion
@@ -219,8 +219,8 @@ def test_choice_of_template(tmp_path: Path) -> None:
     assert render(PAIR, chosen, bare).wholes == ("[how are you]![fine thanks]!", "[how are you]![bad]!")
     assert not render(PAIR, chosen, bare).closed
     assert render(PAIR, choose_template(Data(train="x"), chat), chat).closed
-    with pytest.raises(DataError, match='"chatml" is neither "auto" nor "none" nor a file'):
-        choose_template(Data(train="x", chat_template="chatml"), chat)
+    with pytest.raises(DataError, match=r'(?s)"chatlm" is neither.*did you mean "chatml".*bundled are alpaca'):
+        choose_template(Data(train="x", chat_template="chatlm"), chat)
     with pytest.raises(DataError, match="tokenize"):
         choose_template(Data(train="x", chat_template_kwargs={"tokenize": True}), chat)
     for tokenizer, data in ((bare, Data(train="x")), (chat, Data(train="x", chat_template="none"))):
@@ -231,9 +231,8 @@ def test_choice_of_template(tmp_path: Path) -> None:
 def test_a_file_that_is_no_template(tmp_path: Path) -> None:
     file = tmp_path / "t.jinja"
     file.write_text("{% for m in messages %}")
-    template = choose_template(Data(train="x", chat_template=str(file)), make_tokenizer())
     with pytest.raises(DataError, match=r"t\.jinja, line 1: not a jinja template"):
-        render(PAIR, template, make_tokenizer())
+        choose_template(Data(train="x", chat_template=str(file)), make_tokenizer())
 
 
 def test_a_template_that_refuses_a_row() -> None:

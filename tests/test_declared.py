@@ -42,6 +42,10 @@ def test_a_class_in_order_passes() -> None:
     check_loss_class(loss_class())
     check_loss_class(loss_class(needs_reference=property(lambda self: True), token_stats={"entropy"}, contract=1))
     check_loss_class(loss_class(Settings=alignzoo.NoSettings, needs_mismatched=True, prepare_pass=False))
+    by_settings = property(lambda self: self.settings.beta > 0.5)
+    made = loss_class(needs_mismatched=by_settings, prepare_pass=by_settings)
+    check_loss_class(made)
+    assert [made(beta=beta).needs_mismatched for beta in (0.1, 0.9)] == [False, True]
 
 
 @pytest.mark.parametrize("missing", ["name", "data", "Settings", "needs_reference"])
@@ -78,7 +82,7 @@ def test_everything_missing_is_named_at_once_and_nothing_is_inherited() -> None:
         ({"token_stats": {"entropy", "kurtosis"}}, "(wanted: a set out of entropy, is_top1, log_sum_sq_probs)"),
         ({"token_stats": "entropy"}, 'token_stats = "entropy"'),
         ({"token_stats": ["entropy"]}, "token_stats = "),
-        ({"needs_mismatched": 1}, "needs_mismatched = 1 (wanted: True or False)"),
+        ({"needs_mismatched": 1}, "needs_mismatched = 1 (wanted: True, False, or a property)"),
         ({"prepare_pass": "no"}, 'prepare_pass = "no"'),
         ({"invariances": "shift"}, "invariances = "),
         ({"family": 7}, "family = 7"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import alignzoo
-from alignzoo import api, hookspecs, metrics
+from alignzoo import api, hookspecs, metrics, schema
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.declared import DECLARED
@@ -30,7 +31,7 @@ from alignzoo.recipe import SECTIONS, LoRA, Source, load_recipe
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
 PAGES = [
-    REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted(DOCS.glob("*.md")),
+    REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", *sorted(DOCS.rglob("*.md")),
     REPO / "plugins/alignzoo-example/README.md", REPO / "recipes/data/README.md",
 ]  # fmt: skip
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -70,19 +71,19 @@ def test_the_generated_parts_are_current() -> None:
 
 
 def test_every_part_stands_on_one_page() -> None:
-    module = generate()
-    text = "".join(page(path.name) for path in DOCS.glob("*.md"))
-    assert {name: text.count(f"<!-- generated: {name} -->") for name in module.PARTS} == dict.fromkeys(module.PARTS, 1)
+    parts = generate().all_parts()
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
+    assert {name: text.count(f"<!-- generated: {name} -->") for name in parts} == dict.fromkeys(parts, 1)
 
 
 def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
     """And what was written by hand around the part is kept."""
-    for path in (*DOCS.glob("*.md"), DOCS / "generate.py"):
-        (tmp_path / "docs").mkdir(exist_ok=True)
-        shutil.copy(path, tmp_path / "docs" / path.name)
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("img", "__pycache__"))
     shutil.copytree(REPO / "tests/fixtures_plugins", tmp_path / "tests/fixtures_plugins")
     target = tmp_path / "docs/recipes.md"
-    stale = target.read_text().replace("peak learning rate", "speed").replace("The smallest recipe", "By hand")
+    subprocess.run([sys.executable, tmp_path / "docs/generate.py"], check=True, capture_output=True, timeout=60)
+    current = target.read_text()
+    stale = current.replace("peak learning rate", "speed").replace("The smallest recipe", "By hand")
     target.write_text(stale)
 
     def run(*words: str) -> tuple[int, str]:
@@ -93,17 +94,30 @@ def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
     assert run("--check") == (1, "recipes.md: stale, run `python docs/generate.py`\n")
     assert target.read_text() == stale
     assert run() == (0, "recipes.md: written\n")
-    assert target.read_text() == page("recipes.md").replace("The smallest recipe", "By hand")
+    assert target.read_text() == current.replace("The smallest recipe", "By hand")
     assert run("--check") == (0, "")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["<!-- generated: nothing -->\n<!-- end: nothing -->", "<!-- generated: formats -->", "<!-- end: formats -->"],
-)
+    [
+        "<!-- generated: nothing -->\n<!-- end: nothing -->", "<!-- generated: formats -->", "<!-- end: formats -->",
+        "<!-- run: dpo -->\n", "<!-- end: run -->",
+    ],
+)  # fmt: skip
 def test_a_marker_that_fits_nothing(text: str) -> None:
+    module = generate()
     with pytest.raises(ValueError, match=r"x\.md"):
-        generate().render(text, "x.md")
+        module.render(text, "x.md", module.PARTS)
+
+
+def test_the_figures_of_a_run_are_kept() -> None:
+    module = generate()
+    text = (
+        "<!-- run: dpo -->\nAccuracy 0.97.\n<!-- end: run -->\n<!-- generated: formats -->\nold\n<!-- end: formats -->"
+    )
+    made = module.render(text, "x.md", module.PARTS)
+    assert made.startswith("<!-- run: dpo -->\nAccuracy 0.97.\n<!-- end: run -->") and "old" not in made
 
 
 # --- complete --------------------------------------------------------------------------------------------------------
@@ -152,13 +166,67 @@ def test_every_public_name_is_documented() -> None:
 
 def test_every_loss_and_setting_is_documented() -> None:
     text = page("losses.md")
-    rows = [row for row in loss_table(discover()) if row["distribution"] == "alignzoo"]
-    assert rows
-    for row in rows:
+    for row in own_losses():
         part = re.split(rf"^## {row['name']}$", text, flags=re.MULTILINE)[1].split("\n## ")[0]
         assert row["paper"] in text and "Reduction:" in part
         for setting in row["settings"]:
             assert f"| `{setting['name']}` |" in part and setting["help"] in part
+
+
+def own_losses() -> list[dict[str, Any]]:
+    return [row for row in loss_table(discover()) if row["distribution"] == "alignzoo"]
+
+
+HEADINGS = [
+    "Equation", "When to use it", "Data", "Settings", "Before the first step", "Healthy metrics", "When it goes wrong",
+    "How it differs", "A run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", own_losses(), ids=lambda row: str(row["name"]))
+def test_every_loss_has_its_page(row: dict[str, Any]) -> None:
+    """With the same headings as the others, its paper, where each default comes from, its recipe's learning rate."""
+    name, text = row["name"], page(f"losses/{row['name']}.md")
+    assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == HEADINGS
+    papers = re.findall(r"arXiv:[\d.]+\d", row["paper"])
+    assert papers and all(paper in text for paper in papers) and f"`{row['data']}`" in text
+    hand = re.sub(r"<!-- generated: .*?<!-- end: ", "", text, flags=re.DOTALL)
+    for setting in row["settings"]:
+        assert f"`{setting['name']} = {setting['default']}`" in hand, setting["name"]
+    recipe = (REPO / f"recipes/{name}.toml").read_text(encoding="utf-8")
+    rate = tomllib.loads(recipe)["train"]["learning_rate"]
+    assert f"`recipes/{name}.toml`" in hand and rate in [float(n) for n in re.findall(r"\b\d+e-\d+\b", hand)]
+
+
+@pytest.mark.parametrize("name", [row["name"] for row in own_losses()])
+def test_the_page_of_a_loss_shows_its_run(name: str) -> None:
+    run = page(f"losses/{name}.md").split(f"<!-- run: {name} -->")[1].split("<!-- end: run -->")[0]
+    assert f"../img/{name}.png" in run and re.search(r"\d\.\d", run) and "FIGURES" not in run
+
+
+def test_the_metrics_on_the_pages_of_losses_are_those_of_runs() -> None:
+    known = set(re.findall(r"`([\w/]+)`", page("runs.md")))
+    for row in own_losses():
+        text = page(f"losses/{row['name']}.md")
+        named = {metric.removeprefix("eval_") for metric in re.findall(r"`(\w+/\w+)`", text)}
+        assert named and named <= known, named - known
+
+
+def test_values_before_the_first_step() -> None:
+    """Those that the pages name, out of the losses."""
+    import math
+
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ratio = alignzoo.LogProbs(policy=-torch.ones(1, 2), reference=-torch.ones(1, 2), mask=mask)
+    pairs = alignzoo.Pairs(chosen=ratio, rejected=ratio)
+    labelled = alignzoo.Labelled(completion=ratio, label=torch.tensor([True]), step={"baseline": torch.zeros(())})
+    registry = discover()
+    for name, batch, value in (
+        ("dpo", pairs, math.log(2)), ("hinge", pairs, 1.0), ("ipo", pairs, 25.0), ("kto", labelled, 0.5),
+    ):  # fmt: skip
+        output = registry.get(name).cls()(batch)
+        assert output.loss.item() == pytest.approx(value), name
+        assert f"{value:.4g}" in page(f"losses/{name}.md").split("## Before the first step")[1].split("\n## ")[0]
 
 
 def test_every_command_and_option_is_documented() -> None:
@@ -219,6 +287,43 @@ def test_every_module_has_its_line() -> None:
 def test_every_format_is_documented() -> None:
     for known in FORMATS:
         assert f"| `{known.name}` | {known.kind} |" in page("data.md")
+
+
+# --- coming from -----------------------------------------------------------------------------------------------------
+
+
+def key_table(first: str) -> list[list[str]]:
+    """The cells of the table of keys on coming-from.md that has this first column, without the backticks."""
+    part = page("coming-from.md").split(f"| {first} | default | alignzoo | default | difference |\n")[1]
+    lines = itertools.takewhile(lambda line: line.startswith("|"), part.splitlines()[1:])
+    return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+@pytest.mark.parametrize("first", ["TRL", "LLaMA-Factory"])
+def test_our_keys_and_defaults_on_coming_from(first: str) -> None:
+    rows = {f"{name}.{row.name}": row.default for name, cls in SECTIONS.items() for row in schema.rows_of(cls)}
+    table = key_table(first)
+    assert len(table) > 20
+    for _, _, key, default, _ in table:
+        assert (rows[key] or "not set") == default, key
+
+
+def test_trls_keys_and_defaults_on_coming_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the version that the page names; with another one installed, the page is checked when it is updated."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    import trl
+
+    if f"TRL {trl.__version__} " not in page("coming-from.md"):
+        pytest.skip(f"the page is about another TRL than {trl.__version__}")
+    configs = (trl.DPOConfig, trl.ModelConfig, trl.ScriptArguments, trl.SFTConfig, trl.KTOConfig)
+    defaults: dict[str, object] = {}
+    for field in (field for config in configs for field in dataclasses.fields(config)):
+        defaults.setdefault(field.name, field.default)
+    for key, default, *_ in key_table("TRL"):
+        assert repr(defaults[key]) == default, key
+    for name in ("beta", "label_smoothing", "desirable_weight", "undesirable_weight"):
+        ours = {s["default"] for row in own_losses() for s in row["settings"] if s["name"] == name}
+        assert ours == {repr(defaults[name])}, name
 
 
 # --- links and examples ----------------------------------------------------------------------------------------------

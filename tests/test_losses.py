@@ -14,20 +14,30 @@ from typing import Any
 import pytest
 import torch
 from alignzoo_losses.dpo import DPO
+from alignzoo_losses.hinge import Hinge
+from alignzoo_losses.ipo import IPO
+from alignzoo_losses.kto import KTO
+from alignzoo_losses.orpo import ORPO
 from alignzoo_losses.sft import SFT
 from loss_helpers import (
+    batch_of,
     completion,
     completions_of,
     gradcheck_loss,
     gradients,
     make_demonstrations,
+    make_labelled,
     make_pairs,
     pairs_with_log_ratios,
+    row_of,
     tokens,
     total,
+    units,
+    units_by_term,
 )
 
 import alignzoo
+from alignzoo.api import Metric
 
 # --- references: plain floats and loops, from the definitions ---------------------------------------------------------
 
@@ -37,25 +47,75 @@ def sft_reference(batch: alignzoo.Demonstrations, settings: Any) -> list[float]:
     return [-value for row in tokens(batch.completion.policy, batch.completion.mask) for value in row]
 
 
+def score(side: alignzoo.LogProbs, i: int, *, average: bool = False, free: bool = False) -> float:
+    """The log-ratio of one completion, or its log-prob where there is to be no reference."""
+    row = tokens(side.policy, side.mask)[i]
+    against = [0.0] * len(row)
+    if not free:
+        assert side.reference is not None
+        against = tokens(side.reference, side.mask)[i]
+    ratio = 0.0
+    for policy, reference in zip(row, against, strict=True):
+        ratio += policy - reference
+    return ratio / len(row) if average else ratio
+
+
 def dpo_reference(batch: alignzoo.Pairs, settings: Any) -> list[float]:
     """The expected surprise of the label under Bradley-Terry, from the two probabilities themselves."""
-
-    def score(side: alignzoo.LogProbs, i: int) -> float:
-        row = tokens(side.policy, side.mask)[i]
-        against = [0.0] * len(row)
-        if not settings.reference_free:
-            assert side.reference is not None
-            against = tokens(side.reference, side.mask)[i]
-        ratio = 0.0
-        for policy, reference in zip(row, against, strict=True):
-            ratio += policy - reference
-        return ratio / len(row) if settings.length_normalised else ratio
-
     losses = []
     for i in range(len(batch.chosen.policy)):
-        odds = math.exp(settings.beta * score(batch.chosen, i)) / math.exp(settings.beta * score(batch.rejected, i))
+        sides = [
+            score(side, i, average=settings.length_normalised, free=settings.reference_free)
+            for side in (batch.chosen, batch.rejected)
+        ]
+        odds = math.exp(settings.beta * sides[0]) / math.exp(settings.beta * sides[1])
         right, wrong = odds / (1 + odds), 1 / (1 + odds)
         losses.append((1 - settings.label_smoothing) * -math.log(right) + settings.label_smoothing * -math.log(wrong))
+    return losses
+
+
+def ipo_reference(batch: alignzoo.Pairs, settings: Any) -> list[float]:
+    """The squared distance of the margin from half of 1 / tau."""
+    losses = []
+    for i in range(len(batch.chosen.policy)):
+        average = settings.reduction == "mean"
+        missing = score(batch.chosen, i, average=average) - score(batch.rejected, i, average=average)
+        missing -= 0.5 / settings.tau
+        losses.append(missing * missing)
+    return losses
+
+
+def hinge_reference(batch: alignzoo.Pairs, settings: Any) -> list[float]:
+    """What the scaled margin lacks of 1."""
+    losses = []
+    for i in range(len(batch.chosen.policy)):
+        margin = settings.beta * score(batch.chosen, i) - settings.beta * score(batch.rejected, i)
+        losses.append(1 - margin if margin < 1 else 0.0)
+    return losses
+
+
+def orpo_reference(batch: alignzoo.Pairs, settings: Any) -> list[float]:
+    """The surprise of each chosen token; then of each pair the surprise of the odds ratio, from probabilities."""
+    surprises = [-value for row in tokens(batch.chosen.policy, batch.chosen.mask) for value in row]
+    losses = []
+    for i in range(len(batch.chosen.policy)):
+        odds = []
+        for side in (batch.chosen, batch.rejected):
+            probability = math.exp(score(side, i, average=True, free=True))
+            odds.append(probability / (1 - probability))
+        losses.append(-settings.lambda_ * math.log(odds[0] / (odds[0] + odds[1])))
+    return [*surprises, *losses]
+
+
+def kto_reference(batch: alignzoo.Labelled, settings: Any) -> list[float]:
+    """The weight of each row less its value, which grows away from the baseline in the direction of the label."""
+    baseline = batch.step["baseline"].item() if settings.baseline == "mismatched" else 0.0
+    losses = []
+    for i, desirable in enumerate(batch.label.tolist()):
+        gain = score(batch.completion, i) - baseline
+        weight = settings.desirable_weight if desirable else settings.undesirable_weight
+        value = weight / (1 + math.exp(-settings.beta * (gain if desirable else -gain)))
+        losses.append(weight - value)
     return losses
 
 
@@ -63,7 +123,7 @@ def dpo_reference(batch: alignzoo.Pairs, settings: Any) -> list[float]:
 class Case:
     loss: alignzoo.Loss
     make: Callable[..., Any]  # makes a batch: (seed, **options of loss_helpers.completion)
-    reference: Callable[[Any, Any], list[float]]  # (batch, settings) -> the values of the units of the first term
+    reference: Callable[[Any, Any], list[float]]  # (batch, settings) -> the values of the units, term after term
 
 
 CASES = {
@@ -75,12 +135,15 @@ CASES = {
     "dpo all": Case(
         DPO(beta=2.0, label_smoothing=0.1, length_normalised=True, reference_free=True), make_pairs, dpo_reference
     ),
+    "ipo": Case(IPO(tau=0.3), make_pairs, ipo_reference),
+    "ipo sum": Case(IPO(tau=0.05, reduction="sum"), make_pairs, ipo_reference),
+    "hinge": Case(Hinge(beta=0.04), make_pairs, hinge_reference),  # no margin is as large as 25 nats: all have a slope
+    "orpo": Case(ORPO(lambda_=0.3), make_pairs, orpo_reference),
+    "kto": Case(KTO(beta=0.3), make_labelled, kto_reference),
+    "kto weighted": Case(KTO(desirable_weight=1.3, undesirable_weight=0.4), make_labelled, kto_reference),
+    "kto without baseline": Case(KTO(beta=0.3, baseline="none"), make_labelled, kto_reference),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def units(output: alignzoo.LossOutput) -> list[float]:
-    return output.loss.flatten().tolist() if output.mask is None else output.loss[output.mask].tolist()
 
 
 # --- what holds for every loss ----------------------------------------------------------------------------------------
@@ -120,34 +183,21 @@ def test_what_lies_outside_the_mask_changes_nothing(case: Case) -> None:
 @every_case
 def test_a_row_does_not_depend_on_the_rows_beside_it(case: Case) -> None:
     batch = case.make(6)
-    alone = []
-    for i in range(5):
-        rows = {
-            name: dataclasses.replace(
-                part,
-                policy=part.policy[i : i + 1],
-                mask=part.mask[i : i + 1],
-                reference=None if part.reference is None else part.reference[i : i + 1],
-            )
-            for name, part in completions_of(batch).items()
-        }
-        alone += units(case.loss(dataclasses.replace(batch, **rows)))
-    assert alone == pytest.approx(units(case.loss(batch)), rel=1e-12)
+    alone = [units_by_term(case.loss(row_of(batch, i))) for i in range(5)]
+    together = [value for term in zip(*alone, strict=True) for row in term for value in row]
+    assert together == pytest.approx(units(case.loss(batch)), rel=1e-12)
 
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_log_probs_stay_finite(case: Case, dtype: torch.dtype) -> None:
     low, high = [-2500.0] * 4, [-1e-4] * 4  # sums of -1e4 and about 0
-    against = None if case.make is make_demonstrations else [high, low, low, high]
+    against = [high, low, low, high] if case.loss.needs_reference else None
     sides = [
         completion(rows, against, dtype=dtype, requires_grad=True)
         for rows in ([low, high, low, high], [high, low, low, high])
     ]
-    if case.make is make_demonstrations:
-        batch: Any = alignzoo.Demonstrations(completion=sides[0])
-    else:
-        batch = alignzoo.Pairs(chosen=sides[0], rejected=sides[1])
+    batch = batch_of(case.loss.data, sides, baseline=1e4)
     assert all(math.isfinite(value) for value in units(case.loss(batch)))
     assert all(torch.isfinite(gradient).all() for gradient in gradients(case.loss, batch).values())
 
@@ -156,10 +206,11 @@ def test_extreme_log_probs_stay_finite(case: Case, dtype: torch.dtype) -> None:
 def test_what_is_logged_is_detached_and_per_row(case: Case) -> None:
     output = case.loss(case.make(7, requires_grad=True))
     assert output.loss.requires_grad
-    rewards = output.rewards if isinstance(output.rewards, tuple) else ()
-    logged = [*rewards, *output.metrics.values()]
-    assert all(isinstance(values, torch.Tensor) and values.shape == (5,) for values in logged)
-    assert not any(values.requires_grad for values in logged)
+    rewards = output.rewards if isinstance(output.rewards, tuple) else (output.rewards,)
+    per_row = [*rewards, *(v for v in output.metrics.values() if isinstance(v, torch.Tensor))]
+    assert all(values is None or values.shape == (5,) for values in per_row)
+    other = [v.values for v in output.metrics.values() if isinstance(v, Metric)]
+    assert not any(values is not None and values.requires_grad for values in [*per_row, *other])
 
 
 # --- sft --------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from alignzoo.data.reading import Reading, read
 from alignzoo.data.report import Report, SourceReport, lengths_of
-from alignzoo.data.rows import REASONS, BadRow, Example, Tally, bad_rows_error, content_hash
+from alignzoo.data.rows import REASONS, BadRow, Dropped, Example, Tally, bad_rows_error, content_hash
 from alignzoo.data.selection import Kept, hold_out, numbered, times, with_mismatched
 from alignzoo.data.sources import Opened, open_live, open_source
 from alignzoo.data.template import Template, Texts, choose_template, render
-from alignzoo.data.tokenise import Dropped, Encoder, Limits, Pieces, fit
+from alignzoo.data.tokenise import Encoder, Limits, Pieces, fit
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data, Source
 from alignzoo.tree import Tree

@@ -1,31 +1,43 @@
 """Formats of rows: which columns make which kind of data. A new format is one function and one entry of FORMATS.
 
-A format's `convert` takes a row with our column names, gives an Example, and raises BadRow. Where no format is named
-in the recipe, the first of FORMATS whose columns are all there is taken, so the most specific come first.
+A format's function takes a row with our column names, gives an Example, and raises BadRow or Dropped. Where the recipe
+names no format, the one of which most columns are there is taken: by our names before other names, and the first of
+FORMATS where two are alike.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignzoo.data.rows import BadRow, Example, Message, Messages, Turns, describe
+from alignzoo.data import formats_chat as chat
+from alignzoo.data import formats_pairs as preferences
+from alignzoo.data import formats_plain as plain
+from alignzoo.data.columns import listed
+from alignzoo.data.rows import Example
+from alignzoo.data.values import as_messages, optional_text, tool_definitions
 from alignzoo.errors import DataError
 from alignzoo.schema import nearest
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_FLOAT32_MAX = 3.4028234e38
-_OTHER_NAMES = {  # what other people call our columns: for suggestions only, nothing is mapped unasked
-    "prompt": ("question", "instruction", "query", "input", "context", "problem"),
-    "completion": ("answer", "response", "output", "target", "solution"),
-    "chosen": ("preferred", "accepted", "winner", "good", "better", "positive"),
-    "rejected": ("dispreferred", "loser", "bad", "worse", "negative"),
-    "messages": ("conversations", "conversation", "dialogue", "turns"),
-    "label": ("is_good", "desirable", "labels"),
+_PROMPT = ("question", "query", "problem", "input")
+_COMPLETION = ("response", "answer", "output", "solution", "target")
+_LABEL = ("kto_tag", "is_good", "is_desirable", "desirable", "thumbs_up", "thumbs")
+_CHOSEN = ("chosen_response", "preferred", "accepted")
+_REJECTED = ("rejected_response", "dispreferred")
+ALIASES: dict[str, tuple[str, ...]] = {  # what other people call our columns; taken in this order, and said
+    "prompt": _PROMPT, "completion": _COMPLETION, "label": _LABEL, "chosen": _CHOSEN, "rejected": _REJECTED,
+    "output": ("response",), "messages": ("conversation", "dialogue"),
+}  # fmt: skip
+_OTHER_NAMES = {  # further names: for suggestions only, nothing is mapped by them
+    "prompt": ("instruction", "context", "task"),
+    "chosen": ("winner", "good", "better", "positive", "best"),
+    "rejected": ("loser", "bad", "worse", "negative", "worst"),
+    "messages": ("turns", "chat"),
+    "label": ("labels", "feedback", "rating"),
+    "text": ("document", "content"),
 }
 
 
@@ -34,193 +46,124 @@ class Format:
     """A shape of rows."""
 
     name: str
-    kind: str  # demonstrations, pairs or labelled
+    kind: str  # demonstrations, pairs, labelled or prompts
     columns: tuple[str, ...]  # all of them must be there
     description: str
-    convert: Callable[[Mapping[str, Any]], Example]
+    make: Callable[[Mapping[str, Any]], Example]
+    optional: tuple[str, ...] = ()  # read where they are there
+    looks: Callable[[Mapping[str, Any]], bool] | None = None  # whether a row of these columns can be of this format
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None  # adds columns for data.keep
+    adds: tuple[str, ...] = ()  # the columns that `derived` adds
+
+    def convert(self, row: Mapping[str, Any]) -> Example:
+        """A row with our column names as an example. Raises BadRow, and Dropped for one that is left out."""
+        example = self.make(row)
+        for column, add in _BESIDE.items():
+            if column in self.optional:
+                example = add(example, row)
+        return example
 
 
-# --- values
+def _with_system(example: Example, row: Mapping[str, Any]) -> Example:
+    """The column "system" before a conversation that has no system turn."""
+    system = optional_text(row, "system")
+    prompt = as_messages(example.prompt, "user")
+    if not system or (prompt and prompt[0]["role"] in ("system", "developer")):
+        return example
+    completions = tuple(as_messages(completion, "assistant") for completion in example.completions)
+    return replace(example, prompt=({"role": "system", "content": system}, *prompt), completions=completions)
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
-    value = row.get(column)
-    if value is None:
-        raise BadRow("missing-column", f'column "{column}" is {"null" if column in row else "missing"}')
-    return value
+def _with_tools(example: Example, row: Mapping[str, Any]) -> Example:
+    tools = tool_definitions(row)
+    if not tools:
+        return example
+    completions = tuple(as_messages(completion, "assistant") for completion in example.completions)
+    return replace(example, prompt=as_messages(example.prompt, "user"), completions=completions, tools=tools)
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("not-text", f"{name} is {describe(value)}, not text")
-    if not is_unicode(value):
-        raise BadRow("not-unicode", f"{name} holds half a surrogate pair, which no tokenizer takes")
-    return value
-
-
-def is_unicode(text: str) -> bool:
-    """False for text with a lone surrogate, as JSON's \\ud800 makes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _turns(row: Mapping[str, Any], column: str) -> Turns:
-    value = _value(row, column)
-    return _conversation(row, column) if isinstance(value, list | tuple) else _text(value, f'column "{column}"')
-
-
-def _conversation(row: Mapping[str, Any], column: str) -> Messages:
-    value = _value(row, column)
-    if not isinstance(value, list | tuple):
-        raise BadRow("not-text", f'column "{column}" is {describe(value)}, not a list of messages')
-    return tuple(_message(message, f'column "{column}", message {i}') for i, message in enumerate(value, start=1))
-
-
-def _message(message: Any, name: str) -> Message:
-    """A message with a known role and text; keys that are null are left out, others go to the template as they are."""
-    if not isinstance(message, Mapping):
-        raise BadRow("not-text", f"{name} is {describe(message)}, not a message with role and content")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        found = f'role "{role}"{nearest(role, ROLES)}' if isinstance(role, str) else f"role is {describe(role)}"
-        raise BadRow("unknown-role", f"{name}: {found}; known are {', '.join(ROLES)}")
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        content = ""
-    kept = {key: value for key, value in message.items() if isinstance(key, str) and value is not None}
-    return {**kept, "role": role, "content": _text(content, f"the content of {name}")}
-
-
-def _completion(turns: Turns, name: str) -> Turns:
-    """Checks that there is something to learn, and that the assistant says it."""
-    if isinstance(turns, str):
-        if not turns.strip():
-            raise BadRow("empty-completion", f"{name} is empty")
-        return turns
-    if not any(message["content"].strip() or message.get("tool_calls") for message in turns):
-        raise BadRow("empty-completion", f"{name} is empty")
-    others = [message["role"] for message in turns if message["role"] != "assistant"]
-    if others:
-        raise BadRow("not-assistant", f'{name} holds a "{others[0]}" turn; only assistant turns can be learned')
-    return turns
-
-
-def _same_shape(prompt: Turns, completions: Sequence[Turns]) -> tuple[Turns, tuple[Turns, ...]]:
-    """All text, or all messages: where one is a list of messages, text becomes a turn."""
-    if all(isinstance(turns, str) for turns in (prompt, *completions)):
-        return prompt, tuple(completions)
-    return _as_messages(prompt, "user"), tuple(_as_messages(c, "assistant") for c in completions)
-
-
-def _as_messages(turns: Turns, role: str) -> Messages:
-    return ({"role": role, "content": turns},) if isinstance(turns, str) else turns
-
-
-def _trailing_assistant(messages: Messages) -> int:
-    """Where the assistant turns at the end begin."""
-    start = len(messages)
-    while start and messages[start - 1]["role"] == "assistant":
-        start -= 1
-    if start == len(messages):
-        last = f"its last turn is the {messages[-1]['role']}'s" if messages else "it has no turns"
-        raise BadRow("no-assistant-turn", f"the conversation does not end with an assistant turn: {last}")
-    return start
-
-
-# --- formats
-
-
-def _pairs(row: Mapping[str, Any]) -> Example:
-    chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")
-    prompt = _turns(row, "prompt")
-    whole = [side for side in (chosen, rejected) if not isinstance(side, str) and side and _begins_earlier(side)]
-    if isinstance(prompt, str) and len(whole) == 2:  # a text prompt beside two whole conversations that hold it
-        return _pairs_implicit(row)
-    return _pair(prompt, chosen, rejected)
-
-
-def _begins_earlier(messages: Messages) -> bool:
-    return bool(messages[0]["role"] != "assistant")
-
-
-def _pairs_implicit(row: Mapping[str, Any]) -> Example:
-    if isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), str):
-        raise BadRow("no-prompt", 'chosen or rejected is text and there is no column "prompt"')
-    chosen, rejected = _conversation(row, "chosen"), _conversation(row, "rejected")
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == len(chosen) == len(rejected) and shared:
-        raise BadRow("chosen-equals-rejected")
-    return _pair(chosen[:shared], chosen[shared:], rejected[shared:])
-
-
-def _pair(prompt: Turns, chosen: Turns, rejected: Turns) -> Example:
-    sides = (_completion(chosen, "chosen"), _completion(rejected, "rejected"))
-    prompt, completions = _same_shape(prompt, sides)
-    if completions[0] == completions[1]:
-        raise BadRow("chosen-equals-rejected")
-    return Example("pairs", prompt, completions)
-
-
-def _prompt_completion(row: Mapping[str, Any]) -> Example:
-    completion = _completion(_turns(row, "completion"), "completion")
-    prompt, completions = _same_shape(_turns(row, "prompt"), [completion])
-    return Example("demonstrations", prompt, completions)
-
-
-def _messages(row: Mapping[str, Any]) -> Example:
-    messages = _conversation(row, "messages")
-    start = _trailing_assistant(messages)
-    return Example("demonstrations", messages[:start], (_completion(messages[start:], "the assistant's last turn"),))
-
-
-def _labelled(row: Mapping[str, Any]) -> Example:
-    return _with_label(_prompt_completion(row), row)
-
-
-def _labelled_messages(row: Mapping[str, Any]) -> Example:
-    return _with_label(_messages(row), row)
-
-
-_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # 1 == True, 0 == False
-
-
-def _with_label(example: Example, row: Mapping[str, Any]) -> Example:
-    value = _value(row, "label")
-    key = value.strip().lower() if isinstance(value, str) else value
-    if not isinstance(key, str | bool | int | float) or key not in _LABELS:
-        raise BadRow("label-not-bool", f'column "label" is {_short(value)}: true or false is wanted')
-    return Example("labelled", example.prompt, example.completions, label=_LABELS[key])
-
+_BESIDE = {"system": _with_system, "tools": _with_tools}
+_CHAT = ("system", "tools")
+_ALPACA = ("input", "system", "history")
 
 FORMATS = (
     Format(
         "labelled", "labelled", ("prompt", "completion", "label"),
-        "prompt and completion as text or message lists; label true (desirable) or false", _labelled,
+        "prompt and completion as text or message lists; label true (desirable) or false",
+        plain.labelled(plain.prompt_completion), _CHAT,
+    ),
+    Format(
+        "labelled_alpaca", "labelled", ("instruction", "output", "label"),
+        "instruction and, on the next line, input; output; label as above",
+        plain.labelled(plain.alpaca_answer), _ALPACA,
     ),
     Format(
         "labelled_messages", "labelled", ("messages", "label"),
-        "a conversation; label true or false is that of the assistant turn(s) at its end", _labelled_messages,
+        "a conversation; label true or false is that of the assistant turn(s) at its end",
+        plain.labelled(chat.messages_answer), _CHAT,
+    ),
+    Format(
+        "labelled_sharegpt", "labelled", ("conversations", "label"),
+        "a conversation of from and value; label as above", plain.labelled(chat.sharegpt_answer), _CHAT,
+    ),
+    Format(
+        "helpsteer3", "pairs", ("context", "response1", "response2", "overall_preference"),
+        "a conversation, two answers, and a grade from -3 (the first is much better) to 3 (the second is); 0 is "
+        "dropped, its size is `preference_strength` for data.keep",
+        preferences.helpsteer3, derived=preferences.strength, adds=(preferences.STRENGTH,),
+    ),
+    Format(
+        "hh_prompt", "pairs", ("prompt", "chosen", "rejected"),
+        'prompt as a transcript that ends with "Assistant:", two answers as text',
+        preferences.hh_prompt, ("system",), preferences.looks_like_hh_prompt,
     ),
     Format(
         "pairs", "pairs", ("prompt", "chosen", "rejected"),
-        "prompt, chosen and rejected as text or message lists", _pairs,
+        "prompt, chosen and rejected as text or message lists", preferences.pairs, _CHAT,
+    ),
+    Format(
+        "alpaca_pairs", "pairs", ("instruction", "chosen", "rejected"),
+        "instruction and, on the next line, input; two answers", plain.alpaca_pairs, _ALPACA,
+    ),
+    Format(
+        "sharegpt_pairs", "pairs", ("conversations", "chosen", "rejected"),
+        "a conversation of from and value; chosen and rejected as one more turn each", chat.sharegpt_pairs, _CHAT,
+    ),
+    Format(
+        "hh", "pairs", ("chosen", "rejected"),
+        'two transcripts of "Human:" and "Assistant:" as text; the beginning that they share is the prompt',
+        preferences.hh, ("system",), preferences.looks_like_hh,
     ),
     Format(
         "pairs_implicit", "pairs", ("chosen", "rejected"),
-        "two conversations as message lists; the beginning that they share is the prompt", _pairs_implicit,
+        "two conversations as message lists; the beginning that they share is the prompt",
+        preferences.pairs_implicit, _CHAT,
+    ),
+    Format(
+        "alpaca", "demonstrations", ("instruction", "output"),
+        "instruction and, on the next line, input; output", plain.alpaca, _ALPACA,
     ),
     Format(
         "prompt_completion", "demonstrations", ("prompt", "completion"),
-        "prompt and completion as text or message lists", _prompt_completion,
+        "prompt and completion as text or message lists", plain.prompt_completion, _CHAT,
     ),
     Format(
         "messages", "demonstrations", ("messages",),
-        "a conversation; the assistant turn(s) at its end are learned, all before them is the prompt", _messages,
+        "a conversation; its assistant turns are learned, all of them or the last (`data.train_on`)",
+        chat.messages, _CHAT,
+    ),
+    Format(
+        "sharegpt", "demonstrations", ("conversations",),
+        "a conversation of from (human, gpt, system, function_call, observation) and value; learned as above",
+        chat.sharegpt, _CHAT,
+    ),
+    Format(
+        "text", "demonstrations", ("text",),
+        "text to go on learning from, without a chat template; its first token is context", plain.plain_text,
+    ),
+    Format(
+        "prompts", "prompts", ("prompt",),
+        "prompts alone, as text or message lists; other columns stay beside them", plain.prompts, _CHAT,
     ),
 )  # fmt: skip
 
@@ -228,40 +171,91 @@ FORMATS = (
 # --- finding the format
 
 
-def detect(found: Sequence[str], name: str, source: str) -> Format:
-    """The format of rows with these columns. name: "auto", or the one that the recipe names. Raises DataError."""
+@dataclass(frozen=True)
+class Match:
+    """The format of a source, and which of its columns go by another name: ours -> the file's."""
+
+    format: Format
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The columns that are read, under the file's names."""
+        return (*self.format.columns, *self.format.optional, *self.aliases.values())
+
+    def convert(self, row: Mapping[str, Any]) -> Example:
+        return self.format.convert(self.named(row))
+
+    def named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row with our names beside the file's."""
+        if not self.aliases:
+            return row
+        return {**row, **{ours: row[theirs] for ours, theirs in self.aliases.items() if theirs in row}}
+
+
+def detect(found: Sequence[str], name: str, source: str, rows: Iterable[Mapping[str, Any]] = ()) -> Match:
+    """The format of rows with these columns. name: "auto", or the one that the recipe names. Raises DataError.
+
+    rows: the first of them, for formats that only differ in what stands in their columns.
+    """
     if name != "auto":
         return _named(found, name, source)
-    for known in FORMATS:
-        if set(known.columns) <= set(found):
-            return known
+    rows = list(rows)
+    matches = [match for known in FORMATS if (match := _match(known, found)) and _looks(match, rows)]
+    if matches:
+        best = max(matches, key=lambda match: (len(match.format.columns), -len(match.aliases)))
+        if best.format.kind != "prompts" or not _nearly(found):
+            return best
     raise DataError(
-        f"{source}: no known format has the columns {_listed(found)}",
+        f"{source}: no known format has the columns {listed(found)}",
         why="known are " + "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in FORMATS),
         fix=_suggest(FORMATS, found),
     )
 
 
-def _named(found: Sequence[str], name: str, source: str) -> Format:
+def _match(known: Format, found: Sequence[str]) -> Match | None:
+    """How the columns fill a format; None where one is missing."""
+    lowered = {name.lower(): name for name in reversed(found)}
+    aliases: dict[str, str] = {}
+    for column in known.columns:
+        if column not in found:
+            theirs = next((lowered[other] for other in (column, *ALIASES.get(column, ())) if other in lowered), None)
+            if theirs is None or theirs in (*known.columns, *known.optional, *aliases.values()):
+                return None
+            aliases[column] = theirs
+    return Match(known, aliases)
+
+
+def _looks(match: Match, rows: Sequence[Mapping[str, Any]]) -> bool:
+    looks = match.format.looks
+    return looks is None or any(looks(match.named(row)) for row in rows)
+
+
+def _nearly(found: Sequence[str]) -> bool:
+    """Whether the columns beside a prompt look like a misspelt answer."""
+    richer = [known for known in FORMATS if "prompt" in known.columns and known.kind != "prompts"]
+    return any(all(_guess(column, found) for column in known.columns) for known in richer)
+
+
+def _named(found: Sequence[str], name: str, source: str) -> Match:
     by_name = {known.name: known for known in FORMATS}
     if name not in by_name:
         raise DataError(
             f'{source}: unknown format "{name}"{nearest(name, by_name)}', why=f"known are {', '.join(by_name)}"
         )
-    chosen = by_name[name]
-    missing = [column for column in chosen.columns if column not in found]
-    if missing:
-        raise DataError(
-            f'{source}: format "{name}" needs {", ".join(chosen.columns)}; missing: {", ".join(missing)}',
-            why=f"columns found: {_listed(found)}",
-            fix=_suggest([chosen], found),
-        )
-    return chosen
-
-
-def _listed(columns: Sequence[str]) -> str:
-    more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-    return ", ".join(columns[:20]) + more if columns else "(none)"
+    match = _match(by_name[name], found)
+    if match is not None:
+        return match
+    missing = [column for column in by_name[name].columns if column not in found]
+    raise DataError(
+        f'{source}: format "{name}" needs {", ".join(by_name[name].columns)}; missing: {", ".join(missing)}',
+        why=f"columns found: {listed(found)}",
+        fix=_suggest([by_name[name]], found),
+    )
 
 
 def _suggest(formats: Iterable[Format], found: Sequence[str]) -> str:
@@ -275,7 +269,7 @@ def _suggest(formats: Iterable[Format], found: Sequence[str]) -> str:
             best, rank = {ours: theirs for ours, theirs in mapping.items() if ours != theirs}, score
     if not best:
         return 'map columns with data.columns, for example {prompt = "question", completion = "answer"}'
-    pairs = ", ".join(f"{ours} = {_toml(theirs)}" for ours, theirs in best.items())
+    pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in best.items())
     return f"map columns if these are meant: data.columns = {{{pairs}}}"
 
 
@@ -283,63 +277,8 @@ def _guess(column: str, found: Sequence[str]) -> str:
     if column in found:
         return column
     lowered = {name.lower(): name for name in reversed(found)}
-    for other in _OTHER_NAMES.get(column, ()):
+    for other in (*ALIASES.get(column, ()), *_OTHER_NAMES.get(column, ())):
         if other in lowered:
             return lowered[other]
     close = difflib.get_close_matches(column, lowered, n=1, cutoff=0.75)
     return lowered[close[0]] if close else ""
-
-
-def _toml(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)[:40] if isinstance(value, str | int | float) else describe(value)
-    return shown or "empty"
-
-
-# --- columns of the recipe
-
-
-def rename(row: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The row under our names: ours = theirs. A column that was renamed is gone under its old name."""
-    theirs = set(mapping.values())
-    kept = {key: value for key, value in row.items() if key not in theirs}
-    return {**kept, **{ours: row[name] for ours, name in mapping.items() if name in row}}
-
-
-def check_mapping(found: Sequence[str], mapping: Mapping[str, str], source: str) -> None:
-    """Raises DataError where data.columns names a column that the file does not have."""
-    for ours, theirs in mapping.items():
-        if theirs not in found:
-            raise DataError(
-                f'{source}: data.columns maps {ours} = "{theirs}", and there is no column "{theirs}"'
-                f"{nearest(theirs, found)}",
-                why=f"columns found: {_listed(found)}",
-            )
-
-
-def check_keep(found: Sequence[str], keep: Sequence[str], source: str) -> None:
-    """Raises DataError where no row has a column of data.keep."""
-    for column in keep:
-        if column not in found:
-            raise DataError(
-                f'{source}: data.keep names "{column}", and there is no such column{nearest(column, found)}',
-                why=f"columns found: {_listed(found)}",
-            )
-
-
-def numbers(row: Mapping[str, Any], keep: Sequence[str]) -> dict[str, float]:
-    """The columns of data.keep. true and false count as 1 and 0; numbers may be written as text, as in CSV."""
-    return {column: _number(_value(row, column), column) for column in keep}
-
-
-def _number(value: Any, column: str) -> float:
-    try:
-        number = float(value) if isinstance(value, bool | int | float | str) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= _FLOAT32_MAX:  # also refuses nan
-        raise BadRow("keep-not-a-number", f'column "{column}" is {_short(value)}, not a finite number of 32 bits')
-    return number

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
-from alignzoo.data import formats
-from alignzoo.data.kinds import converter
-from alignzoo.data.rows import BadRow, Example, Row, Tally, bad_rows_error
+from alignzoo.data.columns import check_keep, check_mapping, numbers, rename
+from alignzoo.data.formats import Format, Match, detect
+from alignzoo.data.kinds import choose_turns, converter
+from alignzoo.data.rows import BadRow, Dropped, Example, Row, Tally, Turns, bad_rows_error
 from alignzoo.data.sources import Opened
+from alignzoo.data.values import is_unicode
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data, Source
 
 _PEEK = 32  # readable rows whose columns decide the format
 _PEEK_MOST = 10_000  # rows that are tried for that
+_PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_]\w* ?\}\}")
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,42 @@ class Reading:
     name: str
     examples: Iterator[Example]
     tally: Tally
-    format: formats.Format | None = None  # None: not one row could be read
+    format: Format | None = None  # None: not one row could be read
     columns: tuple[str, ...] = ()  # found, under our names
     conversion: str = ""
     unused: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # what was taken for granted, in words
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How the rows of one source become examples."""
+
+    mapping: dict[str, str]
+    match: Match
+    change: Callable[[Example], tuple[Example, ...]]
+    keep: tuple[str, ...]
+    train_on: str
+
+    def examples(self, row: Row) -> tuple[Example, ...]:
+        """Raises BadRow and Dropped."""
+        if row.problem is not None:
+            raise row.problem
+        try:
+            return self._examples(row)
+        except RecursionError as error:
+            raise BadRow("too-nested") from error
+
+    def _examples(self, row: Row) -> tuple[Example, ...]:
+        renamed = rename(row.values, self.mapping) if self.mapping else row.values
+        values = self.match.named(renamed)
+        example = self.match.format.convert(values)
+        if example.kind == "demonstrations":
+            example = choose_turns(example, self.train_on)
+        derived = self.match.format.derived
+        extra = numbers(derived(values) if derived and self.keep else values, self.keep)
+        notes = (*example.notes, *_placeholders(example))
+        return self.change(replace(example, extra=extra, where=row.where, notes=notes))
 
 
 def read(opened: Opened, source: Source, data: Data, kind: str | None = None) -> Reading:
@@ -46,22 +82,37 @@ def read(opened: Opened, source: Source, data: Data, kind: str | None = None) ->
     if not found:
         return _unreadable(name, first, rows, tally)
     mapping = {**data.columns, **source.columns}
-    formats.check_mapping(found, mapping, name)
-    columns = list(formats.rename(dict.fromkeys(found), mapping))
-    known = formats.detect(columns, source.format, name)
-    formats.check_keep(columns, data.keep, name)
-    change, conversion = converter(known.kind, kind or known.kind, name)
+    check_mapping(found, mapping, name)
+    columns = list(rename(dict.fromkeys(found), mapping))
+    match = detect(columns, source.format, name, [rename(row.values, mapping) for row in first])
+    check_keep([*columns, *match.format.adds], data.keep, name)
+    known = match.format
+    change, conversion = converter(known.kind, kind or known.kind, name, columns)
+    reader = _Reader(mapping, match, change, data.keep, data.train_on)
+    examples = _examples(chain(first, rows), reader.examples, tally)
+    unused = tuple(column for column in columns if column not in (*match.known, *data.keep))
+    if known.kind == "prompts":
+        unused = ()
+    return Reading(name, examples, tally, known, tuple(columns), conversion, unused, _remarks(match))
 
-    def convert(row: Row) -> tuple[Example, ...]:
-        if row.problem is not None:
-            raise row.problem
-        values = formats.rename(row.values, mapping) if mapping else row.values
-        example = replace(known.convert(values), extra=formats.numbers(values, data.keep), where=row.where)
-        return change(example)
 
-    examples = _examples(chain(first, rows), convert, tally)
-    unused = tuple(column for column in columns if column not in (*known.columns, *data.keep))
-    return Reading(name, examples, tally, known, tuple(columns), conversion, unused)
+def _remarks(match: Match) -> tuple[str, ...]:
+    read_as = [f'column "{theirs}" is read as {ours}' for ours, theirs in match.aliases.items()]
+    return ("; ".join(read_as),) if read_as else ()
+
+
+def _placeholders(example: Example) -> list[str]:
+    """Notes on {{name}} and the like, which somebody was to fill in."""
+    found: dict[str, None] = {}
+    for part in (example.prompt, *example.completions):
+        for text in _texts(part):
+            if "{{" in text:
+                found.update(dict.fromkeys(_PLACEHOLDER.findall(text)))
+    return [f"placeholder: {name}" for name in found]
+
+
+def _texts(turns: Turns) -> list[str]:
+    return [turns] if isinstance(turns, str) else [turn["content"] for turn in turns]
 
 
 def _counted(rows: Iterable[Row], tally: Tally) -> Iterator[Row]:
@@ -83,7 +134,7 @@ def _peek(rows: Iterator[Row]) -> list[Row]:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    named = (column for row in rows for column in row.values if isinstance(column, str) and formats.is_unicode(column))
+    named = (column for row in rows for column in row.values if isinstance(column, str) and is_unicode(column))
     return list(dict.fromkeys(named))
 
 
@@ -103,5 +154,9 @@ def _examples(rows: Iterable[Row], convert: Callable[[Row], tuple[Example, ...]]
         except BadRow as problem:
             tally.add_bad(row.where, problem)
             continue
+        except Dropped as dropped:
+            tally.dropped[dropped.reason] += 1
+            continue
         tally.examples += len(found)
+        tally.notes.update(note for example in found[:1] for note in example.notes)
         yield from found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignzoo.data.reading import Reading, read
-from alignzoo.data.rows import REASONS, Example, Turns
+from alignzoo.data.rows import REASONS, Example, Turns, describe, note_lines
 from alignzoo.data.sources import open_source
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data, Source
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is learned
-_NAMES = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "labelled": ("completion",)}
+_NAMES = {
+    "pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "labelled": ("completion",), "prompts": (),
+}  # fmt: skip
 _LABELS = {True: "desirable", False: "undesirable"}
 
 
@@ -97,20 +101,23 @@ def show_rows(
 ) -> RenderableType:
     """What a source holds: format, kind, columns, all rows counted by reason, and the first `limit` rows.
 
-    width: characters shown of each prompt and completion. Raises DataError as `prepare` does, but for single bad rows.
+    columns: ours = theirs, as data.columns. width: characters shown of each turn. Raises DataError as `prepare` does,
+    but for single bad rows.
     """
     source = Source(path=path, split=split, format=format, columns=columns or {})
     reading = read(open_source(source), source, Data(train=path, on_bad_row="skip"))
     first: list[Example] = []
+    labels: Counter[bool | None] = Counter()
     for example in reading.examples:
+        labels[example.label] += 1
         if len(first) < limit:
             first.append(example)
     if reading.format is None:
         raise DataError("\n    ".join([f"{reading.name}: no row can be read", *reading.tally.shown]))
-    return Group(_summary(reading), *(_example_table(example, width) for example in first))
+    return Group(_summary(reading, labels), *(_example_table(example, width) for example in first))
 
 
-def _summary(reading: Reading) -> Table:
+def _summary(reading: Reading, labels: Counter[bool | None]) -> Table:
     tally, known = reading.tally, reading.format
     table = Table.grid(padding=(0, 2))
     table.add_row(Text("source", style="bold"), Text(reading.name))
@@ -118,11 +125,18 @@ def _summary(reading: Reading) -> Table:
         table.add_row(Text("format", style="bold"), Text(f"{known.name}: {known.description}"))
         table.add_row(Text("kind", style="bold"), Text(known.kind))
     table.add_row(Text("columns", style="bold"), Text(", ".join(reading.columns)))
+    for line in reading.remarks:
+        table.add_row("", Text(line))
     if reading.unused:
         table.add_row(Text("not used", style="bold"), Text(", ".join(reading.unused)))
     table.add_row(Text("rows", style="bold"), Text(f"{tally.read} read, {tally.examples} usable"))
-    for reason, count in tally.bad.most_common():
-        table.add_row("", Text(f"{count} bad: {REASONS[reason]} [{reason}]", style="red"))
+    if reading.format is not None and reading.format.kind == "labelled":
+        table.add_row("", Text(f"{labels[True]} desirable, {labels[False]} undesirable"))
+    for line in note_lines(tally.notes):
+        table.add_row("", Text(line, style="yellow"))
+    for reason, count in (*tally.bad.most_common(), *tally.dropped.most_common()):
+        what = "bad" if reason in tally.bad else "dropped"
+        table.add_row("", Text(f"{count} {what}: {REASONS[reason]} [{reason}]", style="red"))
     for line in tally.shown:
         table.add_row("", Text(line, style="red"))
     return table
@@ -130,21 +144,49 @@ def _summary(reading: Reading) -> Table:
 
 def _example_table(example: Example, width: int) -> Table:
     table = Table(title=Text(example.where), title_justify="left", show_header=False, expand=True)
-    table.add_column(width=10)
+    table.add_column(width=12)
     table.add_column(ratio=1, overflow="fold")
-    for name, turns in _named_turns(example):
-        table.add_row(Text(name, style="bold"), Text(_shortened(_turns_text(turns), width)))
+    for name, text in _parts(example, width):
+        table.add_row(Text(name, style="bold"), text)
     return table
 
 
-def _named_turns(example: Example) -> Iterator[tuple[str, Turns]]:
-    yield "prompt", example.prompt
-    yield from zip(_NAMES[example.kind], example.completions, strict=True)
+def _parts(example: Example, width: int) -> Iterator[tuple[str, Text]]:
+    if example.tools:
+        names = [str(tool.get("function", tool).get("name", "?")) for tool in example.tools]
+        yield "tools", Text(_shortened(", ".join(names), width))
+    if example.prompt:
+        yield from _turn_rows("prompt", example.prompt, width)
+    for name, turns in zip(_NAMES[example.kind], example.completions, strict=True):
+        yield from _turn_rows(name, turns, width, learned=True)
     if example.label is not None:
-        yield "label", f"{str(example.label).lower()} ({_LABELS[example.label]})"
+        yield "label", Text(f"{str(example.label).lower()} ({_LABELS[example.label]})")
+    if example.columns:
+        yield "columns", Text(_shortened(", ".join(f"{k}: {_plain(v)}" for k, v in example.columns.items()), width))
 
 
-def _turns_text(turns: Turns) -> str:
+def _turn_rows(name: str, turns: Turns, width: int, learned: bool = False) -> Iterator[tuple[str, Text]]:
+    """A row for each turn, the name beside the first of them."""
     if isinstance(turns, str):
-        return turns
-    return "\n".join(f"{message['role']}: {message['content']}" for message in turns)
+        yield name, _row_text(turns, width, learned)
+        return
+    for i, turn in enumerate(turns):
+        said = turn["content"] + "".join(f"\n{_plain(call)}" for call in turn.get("tool_calls", ()))
+        text = _row_text(said.lstrip("\n"), width, learned and turn["role"] == "assistant")
+        yield "" if i else name, Text.assemble((f"{turn['role']}: ", "italic"), text)
+
+
+def _row_text(text: str, width: int, learned: bool) -> Text:
+    shown = _shortened(text, width)
+    return Text(f"{OPEN}{shown}{CLOSE}" if learned else shown, style="green" if learned else "")
+
+
+def _plain(value: object) -> str:
+    """A value of a row in a few words; a function call as name and arguments."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        return f"{value['function'].get('name')}({_plain(value['function'].get('arguments'))})"
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys of several types, cycles, deep nesting
+        text = describe(value)
+    return text.encode("utf-8", "backslashreplace").decode()  # a row may hold what no terminal prints

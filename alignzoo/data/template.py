@@ -1,71 +1,105 @@
-"""Examples -> texts: through a chat template, or raw."""
+"""The chat template that a recipe asks for: the tokenizer's own, a bundled one, or a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from alignzoo.data.formats import is_unicode
-from alignzoo.data.rows import BadRow, Example, Messages, Turns
+from alignzoo.data.abilities import find_abilities
+from alignzoo.data.rendering import render, render_prompt
 from alignzoo.data.sources import display
+from alignzoo.data.writing import Template, Texts
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data
+from alignzoo.schema import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["BUNDLED", "Template", "Texts", "choose_template", "render", "render_prompt"]
+
 _OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "return_dict", "tools")
-
 _RAW = "raw text, prompt and completion joined as they are, then EOS"
+_EOS = "EOS"  # stands for the tokenizer's own
 
 
-@dataclass(frozen=True)
-class Template:
-    """How prompts and completions become text."""
-
-    name: str  # in words, for the report
-    chat: bool  # False: raw text, and conversations are refused
-    text: str | None = None  # the template; None: the tokenizer's own
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    system: str | None = None
-    source: str = "the tokenizer's chat template"
-    ends: tuple[str, ...] = ()  # special tokens, what a rendered conversation should end with
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """An example as text. Each whole is the prompt with one completion."""
-
-    prompt: str
-    wholes: tuple[str, ...]
-    prefix: bool = True  # False: a whole does not begin with all of the prompt
-    closed: bool = True  # False: a rendered conversation does not end with a special token
+BUNDLED: dict[str, tuple[str, ...]] = {  # in templates/; what the tokenizer must have as one token each, the end last
+    "alpaca": (_EOS,),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": (_EOS,),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+    "plain": (_EOS,),
+    "zephyr": (_EOS,),
+}
 
 
 def choose_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template that data.chat_template asks for. Raises DataError where there is none of that name."""
+    """The template that data.chat_template asks for. Raises DataError where there is none, or it is none."""
     clash = sorted(set(data.chat_template_kwargs) & set(_OURS))
     if clash:
         raise DataError(f"data.chat_template_kwargs holds {', '.join(clash)}", why="alignzoo sets these itself")
     if data.chat_template == "none":
-        return Template(
-            "raw text, prompt and completion joined as they are, then EOS (data.chat_template = none)", False
-        )
+        return Template(f"{_RAW} (data.chat_template = none)", False)
     if data.chat_template != "auto":
-        path = Path(data.chat_template).expanduser()
-        return _chat(data, tokenizer, _read(path, data.chat_template), f"the chat template {display(path)}")
+        return _chat(data, tokenizer, *_given(data.chat_template, tokenizer))
     if not getattr(tokenizer, "chat_template", None):
         return Template(f"{_RAW} (the tokenizer has no chat template)", False)
     return _chat(data, tokenizer, None, "the tokenizer's chat template")
 
 
+def _given(value: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The text of a bundled template or of a file, and how messages call it."""
+    if value in BUNDLED:
+        return _bundled(value, tokenizer), f'the bundled chat template "{value}"'
+    path = Path(value).expanduser()
+    return _read(path, value), f"the chat template {display(path)}"
+
+
+def _bundled(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template; it begins with BOS where the tokenizer puts one before text by itself."""
+    lacking = _lacking(name, tokenizer)
+    if lacking:
+        able = [other for other in BUNDLED if not _lacking(other, tokenizer)]
+        token, pieces = lacking[0], len(_ids(lacking[0], tokenizer))
+        raise DataError(
+            f'data.chat_template = "{name}": the tokenizer has no token {", ".join(lacking)}',
+            why=f"{token} would be cut into {pieces} pieces, and no single token would end a turn" if token != _EOS
+            else "no token would end a turn",
+            fix=(f"take a template that it has the tokens for ({', '.join(able)}), or " if able else "")
+            + "add the tokens to the tokenizer and resize the model's embeddings",
+        )  # fmt: skip
+    text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return ("{{- bos_token -}}" if _adds_bos(tokenizer) else "") + text
+
+
+def _lacking(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    missing = []
+    for token in BUNDLED[name]:
+        ids = _ids(token, tokenizer)
+        single = len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+        if not (tokenizer.eos_token is not None if token == _EOS else single):
+            missing.append(token)
+    return missing
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def _read(path: Path, value: str) -> str:
     if not path.is_file():
         raise DataError(
-            f'data.chat_template = "{value}" is neither "auto" nor "none" nor a file',
-            fix="give the path of a jinja file; relative paths start at the recipe's folder",
+            f'data.chat_template = "{value}" is neither "auto" nor "none", no bundled template and no file'
+            f"{nearest(value, BUNDLED)}",
+            why=f"bundled are {', '.join(BUNDLED)}",
+            fix="give one of these, or the path of a jinja file; relative paths start at the recipe's folder",
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -77,107 +111,33 @@ def _read(path: Path, value: str) -> str:
 
 
 def _chat(data: Data, tokenizer: PreTrainedTokenizerBase, text: str | None, source: str) -> Template:
-    return Template(
-        _words(source, data), True, text, data.chat_template_kwargs, data.system, source, _special_texts(tokenizer)
-    )
+    kwargs, ends = data.chat_template_kwargs, _special_texts(tokenizer)
+    template = Template("", True, text, kwargs, data.system, source, ends)
+    template = replace(template, does=find_abilities(template, tokenizer))
+    return replace(template, name=_words(template, data, tokenizer))
 
 
-def _words(name: str, data: Data) -> str:
+def _words(template: Template, data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     system = ", data.system before it" if data.system is not None else ""
     options = f", {dict(data.chat_template_kwargs)}" if data.chat_template_kwargs else ""
-    return f"{name} (a text prompt is a user turn{system}, a text completion the assistant's turn{options})"
+    head = f"{template.source} (a text prompt is a user turn{system}, a text completion the assistant's turn{options})"
+    return "; ".join([head, *_remarks(template, data, tokenizer)])
 
 
-def render(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """The texts of an example. Raises BadRow, and DataError where a conversation meets no template."""
-    if template.chat:
-        return _render_chat(example, template, tokenizer)
-    if not isinstance(example.prompt, str):
-        raise _needs_template(example.where, template)
-    return Texts(example.prompt, tuple(example.prompt + str(completion) for completion in example.completions))
-
-
-def render_prompt(
-    prompt: Turns, template: Template, tokenizer: PreTrainedTokenizerBase, system: str | None = None
-) -> str:
-    """A prompt as text, ready to be continued; the same as in training. system: takes the place of data.system.
-
-    Raises BadRow and DataError as `render` does.
-    """
-    if template.chat:
-        turns = _turns(prompt, template.system if system is None else system)
-        return _apply(turns, template, tokenizer, generation=True)
-    if not isinstance(prompt, str):
-        raise _needs_template("a prompt", template)
-    return prompt
-
-
-def _needs_template(name: str, template: Template) -> DataError:
-    return DataError(
-        f"{name}: a conversation, and there is no chat template to write it with",
-        why=template.name,
-        fix='set data.chat_template to a jinja file, or to "auto" for a tokenizer that has a template',
-    )
-
-
-def _render_chat(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    turns = _turns(example.prompt, template.system)
-    if not turns:
-        raise BadRow("no-prompt", "the conversation begins with the assistant, and a chat template needs a turn before")
-    prompt = _apply(turns, template, tokenizer, generation=True)
-    wholes = tuple(
-        _apply((*turns, *_assistant(completion)), template, tokenizer, generation=False)
-        for completion in example.completions
-    )
-    prefixes = [_check_prefix(prompt, whole, turns) for whole in wholes]
-    closed = all(whole.rstrip().endswith(template.ends) for whole in wholes)
-    return Texts(prompt, wholes, all(prefixes), closed)
-
-
-def _turns(prompt: Turns, system: str | None) -> Messages:
-    turns: Messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    has_system = bool(turns) and turns[0]["role"] in ("system", "developer")
-    return turns if system is None or has_system else ({"role": "system", "content": system}, *turns)
-
-
-def _assistant(completion: Turns) -> Messages:
-    return ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
-
-
-def _apply(turns: Messages, template: Template, tokenizer: PreTrainedTokenizerBase, *, generation: bool) -> str:
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], chat_template=template.text, tokenize=False,
-            add_generation_prompt=generation, **template.kwargs,
-        )  # fmt: skip
-    except TemplateSyntaxError as error:
-        raise DataError(f"{template.source}, line {error.lineno}: not a jinja template: {error.message}") from error
-    except Exception as error:  # a template is a program of its own: anything may come out of it
-        raise BadRow(
-            "template-error", f"the chat template refused it: {type(error).__name__}: {error}"[:300]
-        ) from error
-    if not is_unicode(text):
-        raise BadRow("not-unicode")
-    return str(text)
-
-
-def _check_prefix(prompt: str, whole: str, turns: Messages) -> bool:
-    """True where whole begins with prompt. Else the end of the last user turn must lie in what they share."""
-    if whole.startswith(prompt):
-        return True
-    shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-    last = next((turn["content"].strip() for turn in reversed(turns) if turn["role"] == "user"), "")
-    start = prompt.rfind(last) if last else -1
-    if start < 0 or start + len(last) > shared:
-        around = slice(max(0, shared - 40), shared + 60)
-        raise BadRow(
-            "prompt-not-prefix",
-            "the chat template writes the prompt in another way when a completion follows: "
-            f"{prompt[around]!r} alone, {whole[around]!r} with it",
-        )
-    return False
+def _remarks(template: Template, data: Data, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What people would not expect of a template."""
+    does, chosen = template.does, template.text is not None
+    eos = tokenizer.eos_token
+    said = {
+        f"rows without a system turn get its own: {does.own_system!r}": does.own_system and data.system is None,
+        "it takes no system turn: the text of one goes before the first user turn": not does.system,
+        f"the generation prompt that it leaves at the end is cut: {does.leftover!r}": does.leftover,
+        "it writes today's date, so another day makes other tokens": does.dated
+        and not {"date_string", "strftime_now"} & set(data.chat_template_kwargs),
+        f"a turn ends with {does.end}, and the tokenizer's EOS is {eos}: other programs must stop at both": chosen
+        and does.end and does.end != eos,
+    }  # fmt: skip
+    return [words for words, holds in said.items() if holds]
 
 
 def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 A completion starts at the end of the common prefix of the ids of the prompt and of prompt + completion, since a
 tokenizer may join characters across the boundary. The prompt of a tree is the common prefix over all completions; where
-one of them starts later, its first tokens are masked. Masks are made from lengths, never from ids.
+one of them starts later, its first tokens are masked. Where a completion holds turns that are not the assistant's, the
+ends of its learned turns are found in the same way, and what lies between them is masked. Masks are made from lengths,
+never from ids.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alignzoo.data.rows import BadRow, Turns
+from alignzoo.data.rows import BadRow, Dropped, Turns
 from alignzoo.data.template import Template, Texts, render_prompt
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data
-from alignzoo.tree import Completion, Ids
+from alignzoo.tree import Completion, Ids, Mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,51 +57,52 @@ class Limits:
         return cls(*lengths, data.truncation, tokenizer.bos_token_id)
 
 
-class Dropped(Exception):
-    """An example that does not fit the limits; the reason is a key of rows.REASONS."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 class Encoder:
-    """Texts to ids, many at once, with the BOS that the tokenizer adds to raw text and one EOS after it."""
+    """Texts to ids, many at once; raw text with the BOS that the tokenizer adds and one EOS after it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
         self.tokenizer, self.raw = tokenizer, not template.chat
-        self.before = _added_before(tokenizer) if self.raw else []
+        self.before = _added_before(tokenizer)
         self.eos: int | None = tokenizer.eos_token_id
 
     def encode(self, texts: Sequence[Texts]) -> list[Pieces | BadRow]:
         """The pieces of each example, or what is wrong with it."""
-        flat = [text for example in texts for text in (example.prompt, *example.wholes)]
+        flat = [text for example in texts for text in _flat(example)]
         ids = iter(_ids(self.tokenizer, flat))
-        return [self._pieces(next(ids), [next(ids) for _ in example.wholes]) for example in texts]
+        return [self._pieces(example, [next(ids) for _ in _flat(example)]) for example in texts]
 
     def prompt(self, text: str) -> list[int]:
         """The ids of a prompt alone, with the BOS."""
-        return self._opened(_ids(self.tokenizer, [text])[0])
+        ids = _ids(self.tokenizer, [text])[0]
+        return self._opened(ids) if self.raw else ids
 
     def _opened(self, ids: list[int]) -> list[int]:
-        begins = not self.before or ids[: len(self.before)] == self.before
-        return ids if begins else [*self.before, *ids]
+        return ids if ids[: len(self.before)] == self.before else [*self.before, *ids]
 
     def _closed(self, ids: list[int]) -> list[int]:
-        closed = not self.raw or self.eos is None or (ids and ids[-1] == self.eos)
+        closed = self.eos is None or (ids and ids[-1] == self.eos)
         return ids if closed else [*ids, self.eos]  # type: ignore[list-item]
 
-    def _pieces(self, prompt: list[int], wholes: list[list[int]]) -> Pieces | BadRow:
-        opened = np.asarray(self._opened(prompt), np.int32)
-        arrays = [np.asarray(self._closed(self._opened(whole)), np.int32) for whole in wholes]
+    def _pieces(self, texts: Texts, ids: list[list[int]]) -> Pieces | BadRow:
+        if texts.raw:
+            ids = [self._opened(ids[0]), *(self._closed(self._opened(whole)) for whole in ids[1:])]
+        prompt, *others = (np.asarray(one, np.int32) for one in ids)
+        wholes, cuts = others[: len(texts.wholes)], others[len(texts.wholes) :]
         try:
-            return split(opened, arrays)
+            return split(prompt, wholes, [common_prefix(cut, wholes[0]) for cut in cuts])
         except BadRow as problem:
             return problem
 
 
-def split(prompt: Ids, wholes: Sequence[Ids]) -> Pieces:
-    """Prompt and completions from the ids of the prompt and of prompt + completion. Raises BadRow."""
+def _flat(texts: Texts) -> tuple[str, ...]:
+    return (texts.prompt, *texts.wholes, *(cut for pair in texts.cuts for cut in pair))
+
+
+def split(prompt: Ids, wholes: Sequence[Ids], cuts: Sequence[int] = ()) -> Pieces:
+    """Prompt and completions from the ids of the prompt and of prompt + completion. Raises BadRow.
+
+    cuts: places in the first whole where a learned turn ends, the next begins, and so on.
+    """
     shared = [common_prefix(prompt, whole) for whole in wholes]
     starts = [max(n, 1) for n in shared]  # nothing predicts the first token of a text: it is context
     for start, whole in zip(starts, wholes, strict=True):
@@ -111,12 +114,23 @@ def split(prompt: Ids, wholes: Sequence[Ids]) -> Pieces:
     if first == 0:
         raise BadRow("no-context", "chosen and rejected differ from the first token on, without a prompt or BOS before")
     completions = tuple(
-        Completion(whole[first:].copy(), None if start == first else np.arange(first, len(whole)) >= start)
-        for start, whole in zip(starts, wholes, strict=True)
+        Completion(whole[first:].copy(), _mask(first, start, len(whole), cuts if i == 0 else ()))
+        for i, (start, whole) in enumerate(zip(starts, wholes, strict=True))
     )
     if len(completions) == 2 and np.array_equal(completions[0].ids, completions[1].ids):
         raise BadRow("chosen-equals-rejected", "chosen and rejected have the same tokens")
     return Pieces(wholes[0][:first].copy(), completions, joined=min(shared) < len(prompt))
+
+
+def _mask(first: int, start: int, end: int, cuts: Sequence[int]) -> Mask | None:
+    """What is learned of the ids from `first` to `end`: all from `start` on, but for what lies between two cuts."""
+    if start == first and not cuts:
+        return None
+    places = np.arange(first, end)
+    learned = places >= start
+    for stop, again in zip(cuts[::2], cuts[1::2], strict=True):
+        learned &= (places < stop) | (places >= again)
+    return learned
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

@@ -3,12 +3,12 @@
     delta = sum_t log(pi / ref)(y_w) - sum_t log(pi / ref)(y_l)
     L = max(0, 1 - beta delta)
 
-Reduction: per example. A pair whose delta is beyond 1 / beta has neither loss nor gradient, but it counts as an example:
-the mean is over all pairs, as in TRL (loss_type "hinge"). beta is the paper's gamma; 0.05 there, 0.1 here as in TRL.
+Reduction: per example. A pair whose delta is beyond 1 / beta has no loss and no gradient, yet it counts as an example:
+the mean is over all pairs, as in TRL (loss_type "hinge"). beta is the paper's gamma, 0.05 there, 0.1 here as in TRL.
 
-Against SLiC-HF (Zhao et al. 2023, arXiv:2305.10425), after which this loss is often called: SLiC compares log-probs, not
-log-ratios to a reference, with a margin in nats, and adds a cross-entropy on a reference answer. None of that is here, nor
-is RSO's sampling of the pairs.
+The loss is often called SLiC, after Zhao et al. 2023 (arXiv:2305.10425). Theirs compares log-probs, not log-ratios to a
+reference, has its margin in nats, and adds a cross-entropy on a reference answer: none of that is here, nor is RSO's
+sampling of the pairs.
 """
 
 from __future__ import annotations

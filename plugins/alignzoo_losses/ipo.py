@@ -5,12 +5,13 @@
 
 Reduction: per example. The log-ratio of a completion is, by `reduction`:
 - mean: divided by the number of its tokens. The paper does not write this down; TRL, HALOs and LLaMA-Factory do it, TRL
-  on the word of the authors.
-- sum: not divided, as the equation reads, and as the reference code of DPO and OpenRLHF have it.
-The target margin 1 / (2 tau) is in nats per token with mean, in nats with sum, so a tau of one is no tau of the other.
+  on the word of the paper's authors.
+- sum: not divided, as the equation reads, and as Rafailov et al.'s code and OpenRLHF have it.
+The target margin 1 / (2 tau) is in nats per token with mean and in nats with sum, so a tau does not serve for both.
 
-Rewards: tau times the log-ratio that the loss compares, so their margin heads for 1/2 whatever tau is, and the accuracy is
-that of the loss's own order. TRL logs beta (its name for tau) times the summed log-ratio, also where its loss averages.
+Rewards: tau times the log-ratio that the loss compares, so that their margin heads for 1/2 whatever tau is, and the
+accuracy is that of the order that the loss sees. TRL logs beta, its name for tau, times the summed log-ratio, though
+its loss averages.
 """
 
 from __future__ import annotations

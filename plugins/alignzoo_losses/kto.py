@@ -1,20 +1,18 @@
 """Kahneman-Tversky optimisation of Ethayarajh et al. 2024 (arXiv:2402.01306, equations 7 and 8).
 
-    r(x, y) = sum_t log(pi / ref)(y | x)            z = max(0, mean over the step of r(x, y')), y' of another prompt
-    L = w_d (1 - sigmoid(beta (r - z)))  for a desirable y,  w_u (1 - sigmoid(beta (z - r)))  for an undesirable one
+    r(x, y) = sum_t log(pi / ref)(y | x)          z = max(0, mean over the step of r(x, y')), y' from another prompt
+    L = w_d (1 - sigmoid(beta (r - z))) for a desirable y, w_u (1 - sigmoid(beta (z - r))) for an undesirable one
 
-Reduction: per example over all rows of the optimizer step, so a step of one label only is as good as any other. z is the
-paper's estimate of the KL divergence of policy and reference; it has no gradient.
-
-Where this departs from the paper and TRL:
-- y' is picked once for each row, by content, out of the whole data set, and never answers the row's own prompt. They rotate the
-  completions of a micro-batch, which pairs a prompt with its own other answer where both are in it, needs at least two rows,
-  and in TRL forbids shuffling.
+Reduction: per example over all rows of the optimizer step, whatever their labels; a step may hold one label only. z
+estimates the KL divergence between policy and reference, and has no gradient. Where this departs from paper and TRL:
+- y' is picked once for each row, by content, out of the whole data set, and is never an answer to the row's own prompt.
+  They rotate the completions of a micro-batch, so it needs two rows, TRL's cannot be shuffled, and where both answers
+  to a prompt are in it, one is taken for the other's y'.
 - z is one number for the whole step, not one for each micro-batch.
-- baseline = "none" leaves z out (0), with the forward passes for it: what TRL calls apo_zero_unpaired.
+- baseline = "none" leaves z out, and the forward passes for it: the loss that TRL calls apo_zero_unpaired.
 
-For n_d desirable and n_u undesirable rows the paper advises w_d n_d / (w_u n_u) from 1 to 3/2 (equation 9). Rewards: beta r,
-as TRL logs them. z is logged as `baseline`, in nats.
+For n_d desirable and n_u undesirable rows the paper advises weights with w_d n_d / (w_u n_u) between 1 and 3/2
+(equation 9). Rewards: beta r, as TRL logs them; beta z tells the good from the bad. z is logged as `baseline`, in nats.
 """
 
 from __future__ import annotations
@@ -31,8 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Settings:
     beta: float = alignzoo.setting(0.1, "how soon a gain or a loss saturates; more stays nearer to the reference", gt=0)
-    desirable_weight: float = alignzoo.setting(1.0, "weight of desirable rows", ge=0)
-    undesirable_weight: float = alignzoo.setting(1.0, "weight of undesirable rows", ge=0)
+    desirable_weight: float = alignzoo.setting(1.0, "weight of desirable rows", gt=0)
+    undesirable_weight: float = alignzoo.setting(1.0, "weight of undesirable rows", gt=0)
     baseline: Literal["mismatched", "none"] = alignzoo.setting(
         "mismatched", "what a row is compared with: completions of other prompts, or nothing"
     )
@@ -68,5 +66,6 @@ class KTO(alignzoo.Loss):
         return alignzoo.LossOutput(
             torch.where(batch.label, desirable, undesirable),
             rewards=settings.beta * ratio.detach(),
+            threshold=settings.beta * baseline,
             metrics={"baseline": baseline.expand_as(ratio)} if self.needs_mismatched else {},
         )

@@ -3,15 +3,15 @@
     log p(y) = sum_t log pi(y_t | x, y_<t) / |y|              log odds(y) = log p(y) - log(1 - p(y))
     L = NLL(y_w) - lambda log sigmoid(log odds(y_w) - log odds(y_l))
 
-Reduction: two terms with units of their own. NLL is per completion token of y_w over the whole optimizer step, as in sft;
-the odds term is per example. Where this departs from other code:
-- NLL covers the completion. That of TRL covers prompt and completion, that of the authors' code either
-  (--disable_prompt_loss); both are means over a micro-batch.
-- log(1 - p) is log(-expm1(log p)), with log p held at or below -1e-6: the odds of a certain completion are infinite. There
-  the odds term has no gradient. The authors' log1p(-exp(log p)) rounds to log 0 long before that.
+Reduction: two terms with units of their own. NLL is per completion token of y_w over the whole optimizer step, as in
+sft; the odds term is per example. Where this departs from other code:
+- NLL covers the completion. TRL's covers prompt and completion, that of the authors' code either (disable_prompt_loss);
+  both are means over a micro-batch.
+- log(1 - p) is log(-expm1(log p)), with log p held at or below -1e-6, since the odds of a certain completion are
+  infinite; above that the odds term has no gradient. The authors' log1p(-exp(log p)) is log 0 for such a completion.
 
-Rewards: lambda times log p, as TRL logs them, so the accuracy is that of the log-probs per token. Also logged are nll_loss
-(nats per token) and log_odds_chosen (log odds of y_w minus those of y_l), again under TRL's names.
+Rewards: lambda times log p, as TRL logs them, so the accuracy is that of the log-probs per token. Also logged, under
+TRL's names: nll_loss (nats per token), and log_odds_chosen, the log odds of y_w minus those of y_l.
 """
 
 from __future__ import annotations
