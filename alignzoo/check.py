@@ -14,6 +14,7 @@ from alignzoo.api import Loss
 from alignzoo.batch import count_steps
 from alignzoo.data.dataset import Prepared, prepare
 from alignzoo.data.show import marked_example
+from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import ensure_pad_token
 from alignzoo.errors import ModelError
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
@@ -97,10 +98,19 @@ def make_job(
     )
     train = recipe.train
     steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
+    _carry_template(recipe, tokenizer, say)
     pairs = _held_out_pairs(recipe, loss, tokenizer, data, live, say)
     say(describe_steps(recipe, data, steps))
     _warn(recipe, loss, tokenizer, say)
     return Job(recipe, info, loss, registry, reference, location, tokenizer, data, steps, live, pairs)
+
+
+def _carry_template(recipe: Recipe, tokenizer: Any, say: Say) -> None:
+    """A template that the recipe names is saved with the model, so that who loads it writes prompts as in training."""
+    template = choose_template(recipe.data, tokenizer)
+    if template.text is not None and template.text != tokenizer.chat_template:
+        tokenizer.chat_template = template.text
+        say("the saved tokenizer carries this template")
 
 
 def _held_out_pairs(recipe: Recipe, loss: Loss, tokenizer: Any, data: Prepared, live: Live, say: Say) -> Sequence[Tree]:

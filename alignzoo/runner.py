@@ -219,8 +219,10 @@ def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Consol
     asked, prompts = sample_prompts(job)
     model = engine.bare.model
 
+    end = choose_template(recipe.data, job.tokenizer).does.end
+
     def answers(title: str) -> list[str]:
-        return answer(model, job.tokenizer, prompts, recipe.samples, recipe.train.seed, console, title)
+        return answer(model, job.tokenizer, prompts, recipe.samples, recipe.train.seed, console, title, end)
 
     before = answers("answering before training") if prompts else []
     fit_began = time.monotonic()

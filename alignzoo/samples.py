@@ -21,12 +21,16 @@ def answer(
     seed: int,
     console: Console,
     title: str,
+    end: str = "",
 ) -> list[str]:
-    """One answer for each prompt (token ids), greedy at temperature 0. The model is left in the mode that it was in."""
+    """One answer for each prompt (token ids), greedy at temperature 0. The model is left in the mode that it was in.
+
+    end: the special token that closes a turn in the chat template, beside the tokenizer's EOS.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    answers = []
+    answers, stops = [], _stops(model, tokenizer, end)
     try:
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -34,15 +38,17 @@ def answer(
         ):
             torch.manual_seed(seed)
             for number, prompt in enumerate(prompts, start=1):
-                answers.append(_one(model, tokenizer, prompt, settings, device))
+                answers.append(_one(model, tokenizer, prompt, settings, stops))
                 progress.advance(number)
     finally:
         model.train(was_training)
     return answers
 
 
-def _one(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Samples, device: torch.device) -> str:
-    ids = torch.tensor([list(prompt)], device=device)  # one at a time: no padding, so no padding to get wrong
+def _one(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Samples, stops: list[int] | None) -> str:
+    ids = torch.tensor(
+        [list(prompt)], device=next(model.parameters()).device
+    )  # one at a time: no padding, so no padding to get wrong
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature > 0 else {"do_sample": False}
     )
@@ -51,15 +57,17 @@ def _one(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Samples, d
         attention_mask=torch.ones_like(ids),
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=_stops(model, tokenizer),
+        eos_token_id=stops,
         use_cache=True,
         **sampling,
     )
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def _stops(model: Any, tokenizer: Any) -> list[int] | None:
-    """The tokens that end an answer: the generation settings' and the tokenizer's."""
+def _stops(model: Any, tokenizer: Any, end: str) -> list[int] | None:
+    """The tokens that end an answer: the generation settings', the tokenizer's and the template's."""
     configured = model.generation_config.eos_token_id
     found = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    if end in tokenizer.get_vocab():
+        found.add(tokenizer.get_vocab()[end])
     return sorted(t for t in found if t is not None) or None

@@ -302,3 +302,14 @@ def test_several_processes_are_refused(recipe_file: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AlignzooError, match="2 processes"):
         alignzoo.run(recipe_file)
+
+
+def test_a_template_that_the_recipe_names_is_saved_with_the_model(recipe_file: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    result = alignzoo.run(load_recipe(recipe_file, [f"data.chat_template={template}", "train.max_steps=1"]))
+    saved = AutoTokenizer.from_pretrained(result.model_path)
+    assert saved.chat_template == template.read_text()

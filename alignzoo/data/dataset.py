@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignzoo.data.reading import Reading, read
 from alignzoo.data.report import Report, SourceReport, lengths_of
-from alignzoo.data.rows import REASONS, BadRow, Dropped, Example, Tally, bad_rows_error, content_hash
+from alignzoo.data.rows import REASONS, BadRow, Dropped, Example, Tally, bad_rows_error, content_hash, note_lines
 from alignzoo.data.selection import Kept, hold_out, numbered, times, with_mismatched
 from alignzoo.data.sources import Opened, open_live, open_source
 from alignzoo.data.template import Template, Texts, choose_template, render
@@ -175,10 +175,11 @@ def _kept(pipeline: _Pipeline, one: _Rendered, pieces: Pieces | BadRow, tally: T
         )
         if holds
     )
+    tally.notes.update(one.texts.notes)
     example = one.example
     tree = Tree(0, fitted.prompt, fitted.completions, example.where, example.label, extra=example.extra)
     asked = example.prompt if isinstance(example.prompt, str) else "".join(t["content"] for t in example.prompt[-1:])
-    return Kept(tree, content_hash(one.texts.prompt), one.times, asked)
+    return Kept(tree, content_hash(one.texts.key), one.times, asked)
 
 
 # --- all of them
@@ -263,6 +264,7 @@ def _source_report(loaded: Loaded) -> SourceReport:
         conversion=_conversion_line(reading),
         unused=reading.unused,
         sha256=loaded.opened.digest(),
+        said=(*reading.remarks, *note_lines(tally.notes)),
     )
 
 

@@ -45,12 +45,14 @@ class SourceReport:
     conversion: str  # "" where the loss wants what the source holds
     unused: tuple[str, ...]  # columns of the file that nothing reads
     sha256: str  # of the file content; of a hub data set the fingerprint
+    said: tuple[str, ...] = ()  # what was taken for granted, and what is worth knowing of the rows
 
     def lines(self) -> list[str]:
         weighted = f", counted as {self.counted}" if self.counted != self.kept else ""
         lines = [f"{self.role}: {self.path}: {self.rows} rows of format {self.format}, {self.kept} kept{weighted}"]
         if self.conversion:
             lines.append(f"  {self.conversion}")
+        lines += [f"  {line}" for line in self.said]
         lines += [f"  dropped {n}: {REASONS[reason]} [{reason}]" for reason, n in self.dropped.items()]
         lines += [f"  cut {n}: {REASONS[reason]} [{reason}]" for reason, n in self.cut.items()]
         if self.unused:
