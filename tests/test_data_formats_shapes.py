@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from alignzoo.data.kinds import choose_turns
 from alignzoo.data.reading import Reading, read
 from alignzoo.data.rows import BadRow, Dropped, Example
 from alignzoo.data.sources import open_live
-from alignzoo.data.template import BUNDLED
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data, Source
 
@@ -465,57 +462,3 @@ def test_placeholders_are_counted() -> None:
     assert len(list(reading.examples)) == 10
     found = {"placeholder: {{name}}": 2, "placeholder: {{ name }}": 1, "placeholder: {{author}}": 1}
     assert reading.tally.notes == found
-
-
-# --- the documentation
-
-
-def as_documented(example: Example) -> str:
-    """An example in the lines of docs/data.md."""
-    names = {"pairs": ("chosen", "rejected"), "prompts": ()}.get(example.kind, ("completion",))
-    lines = _lines("prompt", example.prompt, learned=False) if example.prompt else []
-    for name, completion in zip(names, example.completions, strict=True):
-        lines += _lines(name, completion, learned=True)
-    if example.label is not None:
-        lines.append(("label", str(example.label).lower()))
-    return "\n".join(f"{name:<12}{line}" for name, line in lines)
-
-
-def _lines(name: str, turns: Any, learned: bool) -> list[tuple[str, str]]:
-    if isinstance(turns, str):
-        return [(name, _marked(turns, learned))]
-    shown = []
-    for turn in turns:
-        calls = [call["function"] for call in turn.get("tool_calls", ())]
-        text = turn["content"] + "".join(f"{call['name']}({json.dumps(call['arguments'])})" for call in calls)
-        shown.append(f"{turn['role']}: {_marked(text, learned and turn['role'] == 'assistant')}")
-    return [("" if i else name, line) for i, line in enumerate(shown)]
-
-
-def _marked(text: str, learned: bool) -> str:
-    flat = text.replace("\n", "⏎")
-    return f"⟦{flat}⟧" if learned else flat
-
-
-DOCUMENTED = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^#### (\w+)\n.*?```json\n(.*?)```\n\n```text\n(.*?)\n```", DOCUMENTED, re.DOTALL | re.MULTILINE)
-
-
-def test_every_format_has_its_row_in_the_documentation() -> None:
-    assert [name for name, _, _ in EXAMPLES] == [known.name for known in formats.FORMATS]
-
-
-@pytest.mark.parametrize(("name", "row", "becomes"), EXAMPLES, ids=[name for name, _, _ in EXAMPLES])
-def test_a_documented_row_is_read_as_documented(name: str, row: str, becomes: str) -> None:
-    reading = reading_of([json.loads(row)])
-    assert reading.format is not None
-    assert reading.format.name == name
-    assert [as_documented(example) for example in reading.examples] == [becomes]
-
-
-def test_other_names_and_bundled_templates_are_documented() -> None:
-    for ours, others in formats.ALIASES.items():
-        assert f"| `{ours}` | {', '.join(f'`{other}`' for other in others)} |" in DOCUMENTED
-    for name, tokens in BUNDLED.items():
-        lines = re.findall(rf"^\| `{name}` \| .*$", DOCUMENTED.replace("\\|", "|"), re.MULTILINE)
-        assert any(all(token in line for token in tokens) for line in lines)
