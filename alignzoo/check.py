@@ -12,10 +12,11 @@ from rich.console import Console
 
 from alignzoo.api import Loss
 from alignzoo.batch import count_steps
-from alignzoo.data.dataset import Prepared, prepare
+from alignzoo.data.dataset import Prepared, held_out, prepare
 from alignzoo.data.show import marked_example
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import ensure_pad_token
+from alignzoo.data.watch import Watch
 from alignzoo.errors import ModelError
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
 from alignzoo.progress import Say, sayer
@@ -63,6 +64,7 @@ def make_job(
     live: Live | None = None,
     plugin_files: Sequence[Path] = (),
     losses: Sequence[type[Loss]] = (),
+    watch: Watch | None = None,
 ) -> Job:
     """Recipe, plugin, names and data, in the order of what is cheap to find wrong. Raises AlignzooError."""
     live = live or Live()
@@ -95,6 +97,7 @@ def make_job(
         eval=live.eval,
         seed=recipe.train.seed,
         say=say,
+        watch=watch,
     )
     train = recipe.train
     steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
@@ -115,21 +118,12 @@ def _carry_template(recipe: Recipe, tokenizer: Any, say: Say) -> None:
 
 def _held_out_pairs(recipe: Recipe, loss: Loss, tokenizer: Any, data: Prepared, live: Live, say: Say) -> Sequence[Tree]:
     """The held-out rows as pairs, where they are pairs and the loss wants another kind: accuracy for every loss."""
-    held_out = [s for s in data.report.sources if s.role == "eval"] or list(data.report.sources)
-    if not data.eval or loss.data == "pairs" or any(s.kind != "pairs" for s in held_out):
+    sources = [s for s in data.report.sources if s.role == "eval"] or data.report.sources
+    if not data.eval or loss.data == "pairs" or any(s.kind != "pairs" for s in sources):
         return ()
-    found = prepare(
-        recipe.data,
-        "pairs",
-        tokenizer,
-        needs_mismatched=False,
-        train=live.train,
-        eval=live.eval,
-        seed=recipe.train.seed,
-        say=lambda _: None,
-    )
-    say(f"{len(found.eval)} held-out pairs are measured as pairs too (eval_pairs/accuracies)")
-    return found.eval
+    pairs = held_out(recipe.data, "pairs", tokenizer, train=live.train, eval=live.eval, say=say)
+    say(f"{len(pairs)} held-out pairs are measured as pairs too (eval_pairs/accuracies)")
+    return pairs
 
 
 def find_loss(recipe: Recipe, registry: Registry) -> tuple[LossInfo, Loss]:
@@ -182,7 +176,8 @@ def _warn(recipe: Recipe, loss: Loss, tokenizer: Any, say: Say) -> None:
 
 def check(recipe: Recipe, console: Console, plugin_files: Sequence[Path] = ()) -> Job:
     """`alignzoo check`: the job in words, and the first example with prompt, completion and mask marked."""
-    job = make_job(recipe, sayer(console), plugin_files=plugin_files)
+    say = sayer(console)
+    job = make_job(recipe, say, plugin_files=plugin_files, watch=Watch(say, console))
     console.print(marked_example(job.data.train[0], job.tokenizer))
     console.print("check passed: nothing was loaded but the tokenizer", highlight=False)
     return job

@@ -16,11 +16,12 @@ import transformers
 from rich.console import Console
 
 from alignzoo.api import Loss
-from alignzoo.batch import padded_layout, padded_positions
+from alignzoo.batch import padded_layout
 from alignzoo.check import Job, Live, make_job
 from alignzoo.data.show import rendered_row
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import prompt_ids
+from alignzoo.data.watch import Watch
 from alignzoo.engine import Engine, Record, make_accelerator
 from alignzoo.errors import AlignzooError, ModelError
 from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
@@ -66,7 +67,8 @@ def run(
     _refuse_many_processes()
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
-    job = make_job(recipe, say, live=Live(model, tokenizer, train, eval), plugin_files=plugins, losses=losses)
+    given, watch = Live(model, tokenizer, train, eval), Watch(say, console)
+    job = make_job(recipe, say, live=given, plugin_files=plugins, losses=losses, watch=watch)
     name = recipe.log.run_name or run_name(recipe.name, job.info.name, started)
     run_dir = RunDir.create(Path(recipe.output.dir), name)
     say(f"run directory: {run_dir.path}")
@@ -175,10 +177,7 @@ def _load_frozen(job: Job, start: Any, say: Say) -> Scorer:
 
 def _check_model(job: Job, scorer: Scorer, say: Say) -> None:
     """The model fits the tokenizer, and its head is read rightly: one short forward pass."""
-    rows = scorer.causal_lm.get_input_embeddings().weight.shape[0]
-    highest = max(
-        int(ids.max()) for t in job.data.train for ids in (t.prompt, *(c.ids for c in t.completions)) if len(ids)
-    )
+    rows, highest = scorer.causal_lm.get_input_embeddings().weight.shape[0], job.data.highest_token
     if highest >= rows:
         raise ModelError(
             f"the data holds token {highest}, and the model has {rows} embeddings", fix="use the model's own tokenizer"
@@ -190,7 +189,7 @@ def _check_model(job: Job, scorer: Scorer, say: Say) -> None:
         raise job.recipe.error(
             ("model", "router_loss"), "model.router_loss: the model has no experts", fix="set it to 0"
         )
-    check_scorer(scorer, padded_layout([min(job.data.train, key=lambda t: t.tokens)]))
+    check_scorer(scorer, padded_layout([job.data.shortest]))
 
 
 def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, console: Console) -> Engine:
@@ -206,7 +205,7 @@ def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, co
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     source = "engine.tokens_per_device" if recipe.engine.tokens_per_device else f"the default for {engine.device.type}"
     say(f"engine: {engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
-    large = sum(padded_positions([tree]) > engine.budget for tree in (*job.data.train, *job.data.eval))
+    large = job.data.rows_over(engine.budget)
     if large:
         say(f"{large} rows have more positions than that: each runs alone, in more memory")
     if job.loss.has_prepare and job.loss.prepare_pass:

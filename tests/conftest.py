@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ def tiny_llama(seed: int = 0, vocabulary: int = VOCABULARY, **changes: Any) -> A
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.25)
     return model.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prepared data of the tests is kept in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def run(
     prepared = prepare(
         data, kind, tokenizer, needs_mismatched=mismatched, train=train, eval=live_eval, seed=seed, say=said.append
     )
-    assert said == prepared.report.lines()
+    lines = prepared.report.lines()
+    assert said[-len(lines) :] == lines
     return prepared
 
 
@@ -69,7 +70,7 @@ def test_pairs_in_file_order(tmp_path: Path) -> None:
     assert [tree.where for tree in prepared.train] == [f"{path}:{i}" for i in range(1, 41)]
     assert "question 7<|im_end|>\n<|im_start|>assistant\ngood answer 7<|im_end|>" in text(prepared.train[7])
     assert "bad 7" in text(prepared.train[7], 1)
-    assert prepared.eval == []
+    assert len(prepared.eval) == 0
     assert all(c.ids.dtype == np.int32 for c in prepared.train[0].completions)
     source = prepared.report.sources[0]
     assert (source.rows, source.kept, source.format, dict(source.dropped)) == (40, 40, "pairs", {})
@@ -309,7 +310,7 @@ def test_named_held_out_rows_and_shared_prompts(tmp_path: Path) -> None:
     files = run(source=train, eval=held)
     assert len(files.eval) == 10
     assert not files.report.warnings
-    assert run(PAIRS).eval == []
+    assert len(run(PAIRS).eval) == 0
 
 
 # --- mismatched completions

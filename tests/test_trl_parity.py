@@ -14,6 +14,7 @@ from datasets import Dataset
 
 import alignzoo
 from alignzoo.batch import steps_of
+from alignzoo.engine import Engine
 from alignzoo.recipe import load_recipe
 
 STEPS, BATCH, SEED = 3, 4, 7
@@ -216,17 +217,10 @@ def test_kto_is_trls(kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pyt
     """
     from trl import KTOConfig, KTOTrainer
 
-    from alignzoo import check
-
     model, reference = tiny_llama(1, len(tokenizer)), tiny_llama(0, len(tokenizer))
     reference.save_pretrained(tmp_path / "reference")
-    real = check.prepare
-
-    def prepare(*args: Any, **options: Any) -> Any:
-        found = real(*args, **options)
-        return dataclasses.replace(found, train=rotated(found.train))
-
-    monkeypatch.setattr(check, "prepare", prepare)
+    real = Engine.fit
+    monkeypatch.setattr(Engine, "fit", lambda self, train, *rest: real(self, rotated(list(train)), *rest))
     loss = {"name": "kto", "beta": 0.05, "desirable_weight": 1.5, "undesirable_weight": 0.8,
             "baseline": "mismatched" if kind == "kto" else "none"}  # fmt: skip
     changes = {"reference.path": str(tmp_path / "reference")}

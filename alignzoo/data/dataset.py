@@ -1,23 +1,31 @@
 """From the [data] section of a recipe to token trees and a report of what happened on the way.
 
-Each source is one lazy pipeline: rows -> examples -> texts -> token trees, in batches.
+Each source becomes a store on disk, from rows over examples and texts to tokens, batch by batch; or it comes from the
+cache. What counts how often, what is held out and what is mismatched with what is then chosen among stored rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from alignzoo.data.reading import Reading, read
+import numpy as np
+
+from alignzoo.data.cache import DataCache, settings_key, store_key
+from alignzoo.data.encode import CUT, Pipeline
+from alignzoo.data.filling import Facts, StoppedByBadRows, fill
+from alignzoo.data.reading import read
 from alignzoo.data.report import Report, SourceReport, lengths_of
-from alignzoo.data.rows import REASONS, BadRow, Dropped, Example, Tally, bad_rows_error, content_hash, note_lines
-from alignzoo.data.selection import Kept, hold_out, numbered, times, with_mismatched
+from alignzoo.data.rows import REASONS, bad_rows_error, note_lines
+from alignzoo.data.selection import hold_out, partners, times
 from alignzoo.data.sources import Opened, open_live, open_source
-from alignzoo.data.template import Template, Texts, choose_template, render
-from alignzoo.data.tokenise import Encoder, Limits, Pieces, fit
+from alignzoo.data.store import Numbers, Store, StoreWriter, Trees, joined
+from alignzoo.data.template import choose_template
+from alignzoo.data.tokenise import Encoder, Limits
+from alignzoo.data.watch import Watch
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data, Source
 from alignzoo.tree import Tree
@@ -25,46 +33,33 @@ from alignzoo.tree import Tree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 256  # examples in one call of the tokenizer
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of a run."""
+    """The rows of a run. Trees are on disk, and built when they are asked for."""
 
-    train: list[Tree]
-    eval: list[Tree]  # empty where nothing is held out
+    train: Trees
+    eval: Trees  # empty where nothing is held out
     report: Report
-    asked: tuple[str, ...] = ()  # the last turn of each held-out row's prompt, for people to read
 
+    @property
+    def asked(self) -> Sequence[str]:
+        """The last turn of each held-out row's prompt, for people to read."""
+        return self.eval.asked
 
-@dataclass(frozen=True)
-class Loaded:
-    """One source after its pipeline ran."""
+    @property
+    def highest_token(self) -> int:
+        """The highest token id of all rows."""
+        return max(self.train.highest_token, self.eval.highest_token)
 
-    role: str  # train or eval
-    opened: Opened
-    reading: Reading
-    rows: list[Kept]
+    @property
+    def shortest(self) -> Tree:
+        """A training row with as few tokens as any."""
+        return self.train[self.train.shortest]
 
-
-@dataclass(frozen=True)
-class _Pipeline:
-    """What the pipelines of all sources share."""
-
-    data: Data
-    kind: str
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
-    encoder: Encoder
-    limits: Limits
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    example: Example
-    texts: Texts
-    times: int
+    def rows_over(self, positions: int) -> int:
+        """How many rows forward more positions than that where they run alone."""
+        return sum(int((trees.positions > positions).sum()) for trees in (self.train, self.eval))
 
 
 def prepare(
@@ -77,6 +72,7 @@ def prepare(
     eval: Any = None,
     seed: int,
     say: Callable[[str], None],
+    watch: Watch | None = None,
 ) -> Prepared:
     """All rows of a run as token trees.
 
@@ -84,131 +80,236 @@ def prepare(
     needs_mismatched: each tree also gets the completion of another prompt.
     train, eval: live data in place of what the recipe names: a list of dictionaries, or one split of a data set.
     seed: of the run. Held-out and mismatched rows are chosen by content, so nothing here depends on it.
-    say: gets the report line by line.
+    say: gets the report line by line, and what the cache has to tell.
+    watch: is told how far it is; lines by `say` if not given.
 
     Raises DataError: a source that cannot be read, rows that cannot be used (data.on_bad_row = "fail"), nothing kept.
     """
     del seed
-    template = choose_template(data, tokenizer)
-    pipeline = _Pipeline(data, kind, tokenizer, template, Encoder(tokenizer, template), Limits.of(data, tokenizer))
-    loaded = [_load(pipeline, *found) for found in _sources(data, train, eval)]
-    tallies = [one.reading.tally for one in loaded]
-    if data.on_bad_row == "fail" and any(tally.bad for tally in tallies):
-        raise bad_rows_error(tallies)
-    train_rows, eval_rows, held_out = _sides(data, loaded)
-    warnings = [*_warnings(pipeline, tallies), *_shared_prompts(train_rows, eval_rows)]
+    pipeline = _pipeline(data, kind, tokenizer)
+    loaded = _load(pipeline, _open(data, train, eval), say, watch or Watch(say))
+    train_side, eval_side, held_out = _sides(data, loaded)
+    warnings = [*_warnings(pipeline, loaded), *_shared_prompts(train_side, eval_side)]
     cut: Counter[str] = Counter()
-    if needs_mismatched:
-        train_rows = with_mismatched(train_rows, data.max_length, "training rows", cut)
-        eval_rows = with_mismatched(eval_rows, data.max_length, "held-out rows", cut)
-    trees, held = numbered(train_rows), numbered(eval_rows)
-    sources = tuple(_source_report(one) for one in loaded)
-    lengths = lengths_of([*trees, *held])
-    report = Report(sources, template.name, len(trees), len(held), held_out, lengths, cut, tuple(warnings))
+    views = []
+    for side, name in ((train_side, "training rows"), (eval_side, "held-out rows")):
+        matched = _partners(side, data.max_length, name, cut) if needs_mismatched else None
+        views.append(side.view(matched, data.max_length))
+    trees, held = views
+    sources = tuple(one.report for one in loaded)
+    lengths = lengths_of(trees, held)
+    report = Report(sources, pipeline.template.name, len(trees), len(held), held_out, lengths, cut, tuple(warnings))
     for line in report.lines():
         say(line)
-    return Prepared(trees, held, report, tuple(row.asked for row in eval_rows for _ in range(row.times)))
+    return Prepared(trees, held, report)
 
 
-def _sources(data: Data, train: Any, eval: Any) -> Iterator[tuple[str, Source, Opened]]:
+def held_out(
+    data: Data,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: Any = None,
+    eval: Any = None,
+    say: Callable[[str], None],
+    watch: Watch | None = None,
+) -> Trees:
+    """The held-out rows of `prepare` as another kind of data. Training rows are read only where those are among them.
+
+    say: gets no report, but what the cache has to tell. Raises DataError as `prepare` does.
+    """
+    pipeline = _pipeline(data, kind, tokenizer)
+    found = _open(data, train, eval)
+    chosen = [one for one in found if one.role == "eval"] or found
+    _, side, _ = _sides(data, _load(pipeline, chosen, say, watch or Watch(say)))
+    return side.view(None, data.max_length)
+
+
+def _pipeline(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
+    template = choose_template(data, tokenizer)
+    return Pipeline(data, kind, tokenizer, template, Encoder(tokenizer, template), Limits.of(data, tokenizer))
+
+
+# --- sources
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source that is there."""
+
+    role: str  # train or eval
+    source: Source
+    opened: Opened
+    stamp: object  # of its content before it was hashed
+
+
+def _open(data: Data, train: Any, eval: Any) -> list[_Found]:
+    found = []
     for role, live, named in (("train", train, data.train), ("eval", eval, data.eval)):
         if live is not None:
-            yield role, Source(path=role), open_live(live, role)
+            opened = open_live(live, role)
+            found.append(_Found(role, Source(path=role), opened, opened.stamp()))
             continue
         for source in (Source(path=named),) if isinstance(named, str) else named or ():
-            yield role, source, open_source(source)
+            opened = open_source(source)
+            found.append(_Found(role, source, opened, opened.stamp()))
+    return found
 
 
-# --- one source
+@dataclass(frozen=True)
+class _Loaded:
+    """A source that was prepared, now or in an earlier run."""
 
+    role: str
+    opened: Opened
+    store: Store
+    facts: Facts
+    times: Numbers  # how often each stored row counts
 
-def _load(pipeline: _Pipeline, role: str, source: Source, opened: Opened) -> Loaded:
-    reading = read(opened, source, pipeline.data, pipeline.kind)
-    rendered = _render_all(pipeline, reading, source.weight)
-    rows = [kept for batch in _batches(rendered) for kept in _tokenise(pipeline, batch, reading.tally)]
-    return Loaded(role, opened, reading, rows)
+    @property
+    def kept(self) -> int:
+        """Examples that count at all."""
+        return int((self.times > 0).sum())
 
+    @cached_property
+    def marks(self) -> Counter[str]:
+        """How many of these have which mark."""
+        return +Counter({mark: int((self.store.marked(mark) & (self.times > 0)).sum()) for mark in self.store.marks})
 
-def _render_all(pipeline: _Pipeline, reading: Reading, weight: float) -> Iterator[_Rendered]:
-    """Examples as text. Once a bad row will stop the run anyway, the others are only counted."""
-    tally, stops = reading.tally, pipeline.data.on_bad_row == "fail"
-    for example in reading.examples:
-        count = times(example, weight)
-        if not count:
-            tally.dropped["weight"] += 1
-        elif not (stops and tally.bad):
-            try:
-                yield _Rendered(example, render(example, pipeline.template, pipeline.tokenizer), count)
-            except BadRow as problem:
-                tally.add_bad(example.where, problem)
+    @property
+    def notes(self) -> Counter[str]:
+        """What is worth knowing of the rows."""
+        return self.facts.tally.notes + Counter({k: n for k, n in self.marks.items() if not k.startswith(CUT)})
 
+    @property
+    def dropped(self) -> Counter[str]:
+        """What was left out, by reason."""
+        tally = self.facts.tally
+        return tally.bad + tally.dropped + Counter(weight=len(self.store) - self.kept)
 
-def _batches(rendered: Iterator[_Rendered]) -> Iterator[list[_Rendered]]:
-    while batch := list(islice(rendered, _BATCH)):
-        yield batch
-
-
-def _tokenise(pipeline: _Pipeline, batch: list[_Rendered], tally: Tally) -> Iterator[Kept]:
-    encoded = pipeline.encoder.encode([one.texts for one in batch])
-    for one, pieces in zip(batch, encoded, strict=True):
-        try:
-            yield _kept(pipeline, one, pieces, tally)
-        except BadRow as problem:
-            tally.add_bad(one.example.where, problem)
-        except Dropped as too_long:
-            tally.dropped[too_long.reason] += 1
-
-
-def _kept(pipeline: _Pipeline, one: _Rendered, pieces: Pieces | BadRow, tally: Tally) -> Kept:
-    if isinstance(pieces, BadRow):
-        raise pieces
-    fitted, cuts = fit(pieces, pipeline.limits)
-    tally.cut.update(cuts)
-    tally.kept += 1
-    tally.counted += one.times
-    tally.notes.update(
-        note
-        for note, holds in (
-            ("joined", pieces.joined and one.texts.prefix),
-            ("other-prompt", not one.texts.prefix),
-            ("open-end", not one.texts.closed),
+    @property
+    def report(self) -> SourceReport:
+        facts, cuts = self.facts, {k.removeprefix(CUT): n for k, n in self.marks.items() if k.startswith(CUT)}
+        return SourceReport(
+            role=self.role,
+            path=self.opened.name,
+            format=facts.format,
+            kind=facts.kind,
+            rows=facts.tally.read,
+            kept=self.kept,
+            counted=int(self.times.sum()),
+            dropped=dict(self.dropped),
+            cut=cuts,
+            conversion=facts.converted,
+            unused=facts.unused,
+            sha256=self.opened.digest(),
+            said=(*facts.remarks, *note_lines(self.notes)),
         )
-        if holds
-    )
-    tally.notes.update(one.texts.notes)
-    example = one.example
-    tree = Tree(0, fitted.prompt, fitted.completions, example.where, example.label, extra=example.extra)
-    asked = example.prompt if isinstance(example.prompt, str) else "".join(t["content"] for t in example.prompt[-1:])
-    return Kept(tree, content_hash(one.texts.key), one.times, asked)
 
 
-# --- all of them
+def _load(pipeline: Pipeline, found: Sequence[_Found], say: Callable[[str], None], watch: Watch) -> list[_Loaded]:
+    """All sources, each from the cache or prepared now. What is wrong with the start of one is told before that."""
+    cache = DataCache(say)
+    keys = _keys(pipeline, found, say)
+    stores = [cache.find(key, one.opened.name) if key else None for one, key in zip(found, keys, strict=True)]
+    rows = sum(len(store) for store in stores if store is not None)
+    if rows:
+        say(f"prepared data: {rows} rows from the cache {cache.folder}")
+    jobs = [None if store is not None else _job(pipeline, one, watch) for one, store in zip(found, stores, strict=True)]
+    tallies, loaded = [], []
+    for one, key, store, job in zip(found, keys, stores, jobs, strict=True):
+        try:
+            if store is None and job is not None:
+                store = cache.make(key, one.opened.name, job)
+        except StoppedByBadRows as stopped:
+            tallies.append(stopped.tally)
+            continue
+        assert store is not None
+        loaded.append(_loaded(one, store))
+        tallies.append(loaded[-1].facts.tally)
+    watch.close()
+    if any(tally.bad for tally in tallies) and pipeline.data.on_bad_row == "fail":
+        raise bad_rows_error(tallies)
+    return loaded
 
 
-def _sides(data: Data, loaded: Iterable[Loaded]) -> tuple[list[Kept], list[Kept], str]:
+def _job(pipeline: Pipeline, found: _Found, watch: Watch) -> Callable[[StoreWriter], Mapping[str, Any]]:
+    """What fills the store of a source; its format is found now."""
+    opened = found.opened
+    reading = read(opened, found.source, pipeline.data, pipeline.kind)
+    return lambda writer: fill(writer, pipeline, opened, reading, found.stamp, watch).table(opened.name)
+
+
+def _loaded(found: _Found, store: Store) -> _Loaded:
+    counts = times(store.column("weight_key"), found.source.weight)
+    return _Loaded(found.role, found.opened, store, Facts.from_table(store.facts, found.opened.name), counts)
+
+
+def _keys(pipeline: Pipeline, found: Sequence[_Found], say: Callable[[str], None]) -> list[str | None]:
+    """None for what cannot be cached."""
+    keys: list[str | None] = [None] * len(found)
+    if not any(one.opened.reader for one in found):
+        return keys
+    settings = settings_key(pipeline.data, pipeline.kind, pipeline.tokenizer, pipeline.template)
+    if settings is None:
+        say(f"prepared data is not kept: the content of a {type(pipeline.tokenizer).__name__} cannot be hashed")
+        return keys
+    for i, one in enumerate(found):
+        if one.opened.reader:
+            keys[i] = store_key(settings, one.source, one.opened.reader, one.opened.digest())
+    return keys
+
+
+# --- rows
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The rows to train on, or the held-out ones, among all that are stored in some sources."""
+
+    stores: Sequence[Store]
+    rows: Numbers  # counted through over all stores
+    times: Numbers  # how often each of `rows` counts
+
+    @classmethod
+    def of(cls, loaded: Sequence[_Loaded]) -> _Side:
+        counts = np.concatenate([np.empty(0, np.int64), *(one.times for one in loaded)])
+        rows = np.flatnonzero(counts)
+        return cls([one.store for one in loaded], rows, counts[rows])
+
+    def column(self, name: str) -> Any:
+        """A column of these rows, (rows,)."""
+        return joined(self.stores, name)[self.rows]
+
+    def view(self, matched: Numbers | None, max_length: int) -> Trees:
+        """The trees. matched: for each of `rows` the row of its mismatched completion."""
+        partners = None if matched is None else np.repeat(matched, self.times)
+        return Trees(self.stores, np.repeat(self.rows, self.times), partners, max_length)
+
+
+def _sides(data: Data, loaded: Sequence[_Loaded]) -> tuple[_Side, _Side, str]:
     """Training rows, held-out rows, and in words where those come from."""
-    by_role: dict[str, list[Kept]] = {"train": [], "eval": []}
-    given = {one.role for one in loaded}
-    for one in loaded:
-        by_role[one.role] += one.rows
-    for role in ("train", "eval"):
-        if role in given and not by_role[role]:
-            raise _nothing_kept(role, [one for one in loaded if one.role == role])
-    if "eval" in given:
-        return by_role["train"], by_role["eval"], "data.eval"
+    by_role = {role: [one for one in loaded if one.role == role] for role in ("train", "eval")}
+    sides = {role: _Side.of(ones) for role, ones in by_role.items()}
+    for role, ones in by_role.items():
+        if ones and not len(sides[role].rows):
+            raise _nothing_kept(role, ones)
+    train = sides["train"]
+    if by_role["eval"]:
+        return train, sides["eval"], "data.eval"
     if not data.eval_fraction:
-        return by_role["train"], [], "neither data.eval nor data.eval_fraction is given"
-    train, held = hold_out(by_role["train"], data.eval_fraction)
-    return train, held, f"by prompt, data.eval_fraction = {data.eval_fraction:g}"
+        return train, sides["eval"], "neither data.eval nor data.eval_fraction is given"
+    held = hold_out(train.column("prompt_key"), train.column("held_key"), data.eval_fraction)
+    stay, go = (_Side(train.stores, train.rows[side], train.times[side]) for side in (~held, held))
+    once = _Side(go.stores, go.rows, np.ones_like(go.times))  # held-out rows count once, whatever their weight
+    return stay, once, f"by prompt, data.eval_fraction = {data.eval_fraction:g}"
 
 
-def _nothing_kept(role: str, loaded: list[Loaded]) -> DataError:
-    counts: Counter[str] = Counter()
-    for one in loaded:
-        counts += one.reading.tally.bad + one.reading.tally.dropped
+def _nothing_kept(role: str, loaded: Sequence[_Loaded]) -> DataError:
+    counts: Counter[str] = sum((one.dropped for one in loaded), Counter())
     names = ", ".join(one.opened.name for one in loaded)
-    shown = [line for one in loaded for line in one.reading.tally.shown]
-    what = f"{names}: no row is left of {sum(one.reading.tally.read for one in loaded)}"
+    shown = [line for one in loaded for line in one.facts.tally.shown]
+    what = f"{names}: no row is left of {sum(one.facts.tally.read for one in loaded)}"
     return DataError(
         "\n    ".join([what, *shown[:5]]),
         why="; ".join(f"{n} x {reason}: {REASONS[reason]}" for reason, n in counts.most_common()),
@@ -216,11 +317,30 @@ def _nothing_kept(role: str, loaded: list[Loaded]) -> DataError:
     )
 
 
-def _warnings(pipeline: _Pipeline, tallies: list[Tally]) -> Iterator[str]:
-    notes: Counter[str] = Counter()
-    for tally in tallies:
-        notes += tally.notes
-    template, n = pipeline.template, sum(tally.kept for tally in tallies)
+def _partners(side: _Side, max_length: int, name: str, cut: Counter[str]) -> Numbers:
+    """For each row the one whose first completion is its mismatched one.
+
+    One that would not fit into max_length after the row's prompt is counted in `cut`, and cut at its end when it is
+    read. Raises DataError where there are fewer than two prompts.
+    """
+    found = partners(*(side.column(key) for key in ("prompt_key", "ids_key", "ring_key")))
+    alone = np.flatnonzero(found < 0)
+    if len(alone):
+        where = Trees(side.stores, side.rows).stored(int(alone[0]), Store.where)
+        raise DataError(
+            f"{name}: {where} has no row with another prompt to take a mismatched completion from",
+            why="the loss compares each row with the completion of another prompt",
+            fix="use data with at least two prompts",
+        )
+    too_long = int((side.column("own")[found] > max_length - side.column("prompt")).sum())
+    if too_long:
+        cut["mismatched-right"] += too_long
+    return np.asarray(side.rows[found])
+
+
+def _warnings(pipeline: Pipeline, loaded: Sequence[_Loaded]) -> Iterator[str]:
+    notes: Counter[str] = sum((one.notes for one in loaded), Counter())
+    template, n = pipeline.template, sum(one.kept for one in loaded)
     if notes["joined"]:
         yield (
             f"in {notes['joined']} of {n} rows the tokenizer joins the prompt's end with the start of a completion; "
@@ -242,34 +362,7 @@ def _warnings(pipeline: _Pipeline, tallies: list[Tally]) -> Iterator[str]:
         yield "data.system is not used: raw text has no turns"
 
 
-def _shared_prompts(train: list[Kept], held: list[Kept]) -> Iterator[str]:
-    prompts = {row.prompt_key for row in train}
-    shared = sum(row.prompt_key in prompts for row in held)
+def _shared_prompts(train: _Side, held: _Side) -> Iterator[str]:
+    shared = int(np.isin(held.column("prompt_key"), train.column("prompt_key")).sum())
     if shared:
-        yield f"{shared} of {len(held)} held-out rows have a prompt that is also trained on"
-
-
-def _source_report(loaded: Loaded) -> SourceReport:
-    reading, tally = loaded.reading, loaded.reading.tally
-    return SourceReport(
-        role=loaded.role,
-        path=reading.name,
-        format=reading.format.name if reading.format else "unknown",
-        kind=reading.format.kind if reading.format else "unknown",
-        rows=tally.read,
-        kept=tally.kept,
-        counted=tally.counted,
-        dropped=dict(tally.bad + tally.dropped),
-        cut=dict(tally.cut),
-        conversion=_conversion_line(reading),
-        unused=reading.unused,
-        sha256=loaded.opened.digest(),
-        said=(*reading.remarks, *note_lines(tally.notes)),
-    )
-
-
-def _conversion_line(reading: Reading) -> str:
-    if not reading.conversion or reading.format is None:
-        return ""
-    usable = reading.tally.read - sum(reading.tally.bad.values())
-    return f"{usable} {reading.format.kind} -> {reading.tally.examples} examples: {reading.conversion}"
+        yield f"{shared} of {len(held.rows)} held-out rows have a prompt that is also trained on"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from alignzoo.data.rows import REASONS
-from alignzoo.tree import Tree
+from alignzoo.data.store import Numbers, Trees
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Lengths:
     max: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Lengths:
+    def of(cls, lengths: Numbers) -> Lengths:
         low, median, p95, high = np.percentile(lengths, (0, 50, 95, 100), method="higher")
         return cls(int(low), int(median), int(p95), int(high))
 
@@ -89,11 +89,10 @@ class Report:
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
 
-def lengths_of(trees: Sequence[Tree]) -> dict[str, Lengths]:
-    """Statistics of the prompts and of all completions of trees."""
-    if not trees:
-        return {}
-    return {
-        "prompt": Lengths.of([len(tree.prompt) for tree in trees]),
-        "completion": Lengths.of([len(c.ids) for tree in trees for c in tree.completions]),
+def lengths_of(*views: Trees) -> dict[str, Lengths]:
+    """Statistics of the prompts and of all completions of all rows."""
+    found = {
+        "prompt": np.concatenate([trees.prompt_lengths for trees in views]),
+        "completion": np.concatenate([trees.completion_lengths for trees in views]),
     }
+    return {name: Lengths.of(lengths) for name, lengths in found.items() if len(lengths)}

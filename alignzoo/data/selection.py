@@ -1,134 +1,125 @@
 """Choices that are made by content: which rows a weight takes, which are held out, which is mismatched with which.
 
-All of them are functions of a sha256 of the content, so they depend neither on a seed nor on the order of the file, and
-a row keeps its side when others are added.
+All of them are functions of a sha256 of the content, so they depend neither on a seed nor on the order of the file.
+What a weight or a limit takes of a source does not depend on the other sources. Held-out prompts are the first ones in
+the order of their hashes: where rows are added, only prompts at the edge change sides.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from alignzoo.data.rows import Example, content_hash
+from alignzoo.data.store import Keys, Numbers
 from alignzoo.errors import DataError
-from alignzoo.tree import Completion, Tree
+from alignzoo.tree import Ids, Mask
+
+# --- hashes of one row. 64 bits: among a million prompts, two have the same one in 1 of 37 million data sets
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A row that became a tree."""
-
-    tree: Tree
-    prompt_key: bytes  # the same for two rows with the same prompt
-    times: int = 1  # how often the row counts
-    asked: str = ""  # the last turn of the prompt, for people to read
+def short(digest: bytes) -> int:
+    """The first 64 bits of a digest, as a number of the same order."""
+    return int.from_bytes(digest[:8])
 
 
-def times(example: Example, weight: float) -> int:
-    """How often a row counts under a weight: its whole part, and once more for the fraction that the hash picks."""
+def prompt_key(prompt: str) -> bytes:
+    """The same for two rows with the same prompt."""
+    return content_hash(prompt)
+
+
+def held_key(prompt: bytes) -> int:
+    """The place of a prompt in the order in which prompts are held out. prompt: its prompt_key."""
+    return short(content_hash(prompt.hex(), salt="eval"))
+
+
+def ids_key(ids: Ids) -> int:
+    """The same for two prompts with the same tokens: cut at their start, two prompts may have become the same."""
+    return short(hashlib.sha256(ids.tobytes()).digest())
+
+
+def weight_key(example: Example) -> int:
+    """What decides whether a fractional weight takes an example."""
+    return short(content_hash(example.prompt, example.completions, example.label, salt="weight"))
+
+
+def ring_key(prompt: bytes, ids: Sequence[Ids]) -> int:
+    """The place of a row in the order in which rows give each other mismatched completions."""
+    digest = hashlib.sha256(prompt)
+    for part in ids:
+        digest.update(len(part).to_bytes(8) + part.tobytes())
+    return short(digest.digest())
+
+
+# --- choices among all rows, from their hashes
+
+
+def times(weight_keys: Keys, weight: float) -> Numbers:
+    """How often each row counts under a weight: its whole part, and once more for the fraction that the hash picks."""
     whole = math.floor(weight)
-    if whole == weight:
-        return whole
-    digest = content_hash(example.prompt, example.completions, example.label, salt="weight")
-    return whole + (int.from_bytes(digest[:8]) < (weight - whole) * 2**64)
+    below = np.uint64(math.ceil((weight - whole) * 2**64))
+    return np.asarray(whole + (weight_keys < below), np.int64)
 
 
-def hold_out(rows: Sequence[Kept], fraction: float) -> tuple[list[Kept], list[Kept]]:
-    """Training and held-out rows, by prompt: all rows of a prompt are on one side. Each side has at least one row.
+def hold_out(prompt_keys: Keys, held_keys: Keys, fraction: float) -> Mask:
+    """Which rows are held out, by prompt: all rows of a prompt are on one side. Each side has at least one row.
 
-    Held-out rows count once, whatever their weight. Raises DataError where there is but one prompt.
+    Raises DataError where there is but one prompt.
     """
-    sizes = Counter(row.prompt_key for row in rows)
+    _, first, prompt_of, sizes = np.unique(prompt_keys, return_index=True, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
             "data.eval_fraction: no rows can be held out, since all of them have the same prompt",
             fix="name held-out rows in data.eval, or set data.eval_fraction = 0",
         )
-    target = max(1, round(fraction * len(rows)))
-    order = sorted(sizes, key=lambda key: content_hash(key.hex(), salt="eval"))
-    held: set[bytes] = set()
-    count = 0
-    for key in order:
-        if count + sizes[key] <= target and len(held) < len(sizes) - 1:
-            held.add(key)
-            count += sizes[key]
-    if not held:
-        held = {min(order, key=sizes.__getitem__)}
-    train = [row for row in rows if row.prompt_key not in held]
-    return train, [replace(row, times=1) for row in rows if row.prompt_key in held]
+    target = max(1, round(fraction * len(prompt_keys)))
+    order = np.lexsort((prompt_keys[first], held_keys[first])).tolist()
+    held = _filled(order, sizes.tolist(), target) or [min(order, key=sizes.__getitem__)]
+    side = np.zeros(len(sizes), np.bool_)
+    side[held] = True
+    return np.asarray(side[prompt_of])
 
 
-def numbered(rows: Sequence[Kept]) -> list[Tree]:
-    """The trees of all rows, each as often as it counts, numbered from 0."""
-    trees = [row.tree for row in rows for _ in range(row.times)]
-    return [replace(tree, row=i) for i, tree in enumerate(trees)]
+def _filled(order: Sequence[int], sizes: Sequence[int], target: int) -> list[int]:
+    """The first prompts of the order that fit into the target, but not all of them."""
+    held: list[int] = []
+    room = target
+    for prompt in order:
+        if room == 0 or len(held) == len(sizes) - 1:
+            break
+        if sizes[prompt] <= room:
+            held.append(prompt)
+            room -= sizes[prompt]
+    return held
 
 
-def with_mismatched(rows: Sequence[Kept], max_length: int, name: str, cut: Counter[str]) -> list[Kept]:
-    """Each row with the first completion of the row that follows it, in the order of content, with another prompt.
+def partners(prompt_keys: Keys, ids_keys: Keys, ring_keys: Keys) -> Numbers:
+    """For each row the one that follows it, in the order of content, with another prompt; -1 where there is none."""
+    n = len(prompt_keys)
+    order = np.argsort(ring_keys, kind="stable")
+    prompts, ids = prompt_keys[order], ids_keys[order]
+    past_prompt, past_ids = _steps_to_another(prompts), _steps_to_another(ids)
+    start = np.arange(n)
+    gone = past_prompt.copy()  # places from each row to the one that is tried
+    unsure = start[gone < n]
+    while len(unsure):
+        tried = (unsure + gone[unsure]) % n
+        same_prompt, same_ids = prompts[tried] == prompts[unsure], ids[tried] == ids[unsure]
+        gone[unsure] += np.where(same_prompt, past_prompt[tried], np.where(same_ids, past_ids[tried], 0))
+        unsure = unsure[(same_prompt | same_ids) & (gone[unsure] < n)]
+    found = np.full(n, -1, np.int64)
+    found[order] = np.where(gone < n, order[(start + gone) % max(n, 1)], -1)
+    return found
 
-    A completion that would not fit into max_length after this row's prompt is cut at its end and counted in `cut`.
-    Raises DataError where there are fewer than two prompts.
-    """
-    keys = [content_hash(row.prompt_key.hex(), *_all_ids(row.tree)) for row in rows]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    ring = [rows[i] for i in order]
-    jumps = _next_other([row.prompt_key for row in ring])
-    found: list[Kept | None] = [None] * len(rows)
-    for place, index in enumerate(order):
-        found[index] = _mismatch(ring, jumps, place, max_length, name, cut)
-    return [row for row in found if row is not None]
 
-
-def _all_ids(tree: Tree) -> list[list[int]]:
-    return [tree.prompt.tolist(), *(completion.ids.tolist() for completion in tree.completions)]
-
-
-def _next_other(keys: Sequence[bytes]) -> list[int]:
-    """For each place of the ring the next one with another key; its own place where all keys are the same."""
+def _steps_to_another(keys: Keys) -> Numbers:
+    """For each place of a ring the number of steps to the next one with another key; n where all are the same."""
     n = len(keys)
-    jumps = [0] * n
-    after = 0  # places from the current one to the next with another key, going backwards twice round the ring
-    for i in range(2 * n - 1, -1, -1):
-        here, following = keys[i % n], keys[(i + 1) % n]
-        after = 1 if here != following else min(after + 1, n)
-        jumps[i % n] = (i + after) % n
-    return jumps
-
-
-def _mismatch(
-    ring: Sequence[Kept], jumps: Sequence[int], place: int, max_length: int, name: str, cut: Counter[str]
-) -> Kept:
-    row, at = ring[place], jumps[place]
-    for _ in range(len(ring)):
-        other = ring[at]
-        if other.prompt_key == row.prompt_key:
-            at = jumps[at]
-            continue
-        if not _same_prompt(row.tree, other.tree):
-            whole = _own(other.tree.completions[0])
-            room = max_length - len(row.tree.prompt)
-            if len(whole.ids) > room:
-                whole = Completion(whole.ids[:room].copy())
-                cut["mismatched-right"] += 1
-            return replace(row, tree=replace(row.tree, mismatched=whole))
-        at = (at + 1) % len(ring)
-    raise DataError(
-        f"{name}: {row.tree.where} has no row with another prompt to take a mismatched completion from",
-        why="the loss compares each row with the completion of another prompt",
-        fix="use data with at least two prompts",
-    )
-
-
-def _same_prompt(a: Tree, b: Tree) -> bool:
-    """Cut at their start, two prompts may have become the same."""
-    return np.array_equal(a.prompt, b.prompt)
-
-
-def _own(completion: Completion) -> Completion:
-    """A completion without the tokens that belong to its prompt."""
-    return completion if completion.mask is None else Completion(completion.ids[completion.mask].copy())
+    last = np.flatnonzero(keys != np.roll(keys, -1))  # the last places of runs of the same key
+    if not len(last):
+        return np.full(n, n, np.int64)
+    following = np.searchsorted(last, np.arange(n))
+    return np.asarray(np.append(last, last[0] + n)[following] + 1 - np.arange(n), np.int64)

@@ -1,4 +1,7 @@
-"""Sources of rows: files, folders saved by `datasets`, the hub, live Python objects. All are read lazily, once."""
+"""Sources of rows: files, folders saved by `datasets`, the hub, live Python objects. All are read lazily, once.
+
+No file but parquet is in memory as a whole, and of that one row group; arrays of JSON are read piece by piece too.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
+from alignzoo.data.json_array import JsonArray
 from alignzoo.data.rows import BadRow, Row, content_hash, describe
 from alignzoo.errors import DataError
 from alignzoo.recipe import Source
@@ -25,13 +31,44 @@ _FILE_ENDINGS = {
 }  # fmt: skip
 
 
+class Meter:
+    """How much of a source was read."""
+
+    def __init__(self) -> None:
+        self.done: Callable[[], float] = lambda: 0.0
+        self.whole = 0.0  # 0: not known
+
+    @property
+    def share(self) -> float | None:
+        """From 0 to 1, None where it is not known."""
+        try:
+            return min(self.done() / self.whole, 1.0) if self.whole else None
+        except ValueError:  # the file is closed
+            return 1.0
+
+    def follow(self, file: IO[bytes], size: int) -> None:
+        """Takes the place in an open file for what was read."""
+        self.done, self.whole = file.tell, size
+
+    def count(self, values: Iterable[Any], whole: int) -> Iterator[Any]:
+        """Takes the number of values for what was read."""
+        number = 0
+        self.done, self.whole = lambda: number, whole
+        for value in values:
+            yield value
+            number += 1
+
+
 @dataclass(frozen=True)
 class Opened:
-    """A source that was found. `rows` can be gone through once; `digest` is asked for after that."""
+    """A source that was found. `rows` can be gone through once."""
 
     name: str  # as messages name it
     rows: Iterator[Row]
     digest: Callable[[], str]  # sha256 of the content, or the fingerprint that `datasets` gave it
+    reader: str = ""  # what turns the content into rows; "": the content is not known before it was read
+    stamp: Callable[[], object] = lambda: None  # another value where the content was changed in the meantime
+    meter: Meter = field(default_factory=Meter, compare=False)
 
 
 def open_source(source: Source) -> Opened:
@@ -45,10 +82,17 @@ def open_source(source: Source) -> Opened:
             raise DataError(f"{display(path)}: cannot read files with this ending", why=f"known are {_known_endings()}")
         if source.split is not None:
             raise DataError(f'{display(path)}: a file has no split "{source.split}"', fix="leave split out")
-        return Opened(display(path), _guarded(display(path), reader(path)), lambda: _file_digest(path))
+        return _file(path, reader)
     if reader is None and _HUB_ID.fullmatch(source.path) and path.suffix.lower() not in _FILE_ENDINGS:
         return _hub(source.path, source.split)
     raise _missing(path)
+
+
+def _file(path: Path, reader: Reader) -> Opened:
+    name, meter = display(path), Meter()
+    how = f"{reader.__name__}{' gzip' if _is_gzip(path) else ''}"
+    rows = _guarded(name, reader(path, meter))
+    return Opened(name, rows, cache(lambda: _file_digest(path)), how, lambda: _file_stamp(path), meter)
 
 
 def open_live(rows: Any, role: str) -> Opened:
@@ -61,15 +105,18 @@ def open_live(rows: Any, role: str) -> Opened:
             f"{role} = {describe(rows)} is no data set",
             fix="give a list of dictionaries or one split of a data set; a path belongs into the recipe",
         )
-    digest = hashlib.sha256()
+    digest, meter = hashlib.sha256(), Meter()
 
     def read() -> Iterator[Row]:
-        for number, values in enumerate(rows, start=1):
-            digest.update(content_hash(values))
+        counted = meter.count(rows, len(rows) if isinstance(rows, Sized) else 0)
+        for number, values in enumerate(counted, start=1):
+            if not fingerprint:
+                digest.update(content_hash(values))
             yield _row(f"{role} row {number}", values)
 
     fingerprint = getattr(rows, "_fingerprint", None)
-    return Opened(role, read(), lambda: fingerprint or digest.hexdigest())
+    how = "live" if fingerprint and type(rows).__module__.partition(".")[0] == "datasets" else ""
+    return Opened(role, read(), lambda: fingerprint or digest.hexdigest(), how, meter=meter)
 
 
 def display(path: Path) -> str:
@@ -95,10 +142,19 @@ def _known_endings() -> str:
     return ", ".join(_READERS) + " (those but .parquet also with .gz)"
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.name.lower().endswith(".gz"):
-        return cast("IO[bytes]", gzip.open(path))
-    return path.open("rb")
+def _is_gzip(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+@contextmanager
+def _open(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
+    with path.open("rb") as file:
+        meter.follow(file, path.stat().st_size)
+        if not _is_gzip(path):
+            yield file
+            return
+        with gzip.open(file) as unpacked:
+            yield cast("IO[bytes]", unpacked)
 
 
 def _guarded(name: str, rows: Iterator[Row]) -> Iterator[Row]:
@@ -125,6 +181,11 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _file_stamp(path: Path) -> object:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def _folder_digest(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
@@ -135,31 +196,20 @@ def _folder_digest(path: Path) -> str:
 # --- JSON
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path, meter: Meter) -> Iterator[Row]:
     """An array of objects, or an object per line: the first character decides, not the ending."""
     name = display(path)
-    with _open(path) as file:
+    with _open(path, meter) as file:
         start = file.read(4096)
         if start.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise DataError(f"{name}: the file is UTF-16, not UTF-8", fix="save it as UTF-8")
         file.seek(0)
         first = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        yield from _json_array(name, file.read()) if first == b"[" else _json_lines(name, file)
+        yield from _json_array(name, file) if first == b"[" else _json_lines(name, file)
 
 
-def _json_array(name: str, content: bytes) -> Iterator[Row]:
-    try:
-        rows = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{name}:{line}: not UTF-8 text", fix="save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{name}:{error.lineno}: broken JSON: {error.msg}", why="the file begins with [ and is read as one array"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: JSON that cannot be read", why=str(error)) from error
-    for number, values in enumerate(rows, start=1):
+def _json_array(name: str, file: IO[bytes]) -> Iterator[Row]:
+    for number, values in enumerate(JsonArray(name, file), start=1):
         yield _row(f"{name} row {number}", values)
 
 
@@ -185,10 +235,10 @@ def _json_line(where: str, content: bytes) -> Row:
 # --- CSV
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path, meter: Meter) -> Iterator[Row]:
     name = display(path)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the process-wide limit of 128 KB is short for a completion
-    with _open(path) as file:
+    with _open(path, meter) as file:
         reader = csv.reader(_csv_lines(name, file), strict=True)
         try:
             header = next(reader, [])
@@ -224,21 +274,22 @@ def _csv_row(where: str, header: list[str], fields: list[str]) -> Row:
 # --- parquet, saved folders, the hub
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, meter: Meter) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name, number = display(path), 0
+    name = display(path)
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
-                number += 1
-                yield _row(f"{name} row {number}", values)
+        file = pq.ParquetFile(path)
+        values = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        for number, row in enumerate(meter.count(values, file.metadata.num_rows), start=1):
+            yield _row(f"{name} row {number}", row)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{name}: cannot be read as parquet", why=_first_line(error)) from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+Reader = Callable[[Path, Meter], Iterator[Row]]
+_READERS: dict[str, Reader] = {
     ".jsonl": _json,
     ".json": _json,
     ".csv": _csv,
@@ -261,7 +312,7 @@ def _saved(path: Path, split: str | None) -> Opened:
     except Exception as error:  # arrow's, json's and datasets' own errors have no common base
         raise DataError(f"{name}: cannot be read as a saved data set", why=_first_line(error)) from error
     table = _pick_split(loaded, split, name)
-    return Opened(name, _table_rows(table, name), lambda: _folder_digest(path))
+    return _table(table, name, "saved", cache(lambda: _folder_digest(path)))
 
 
 def _hub(path: str, split: str | None) -> Opened:
@@ -277,7 +328,8 @@ def _hub(path: str, split: str | None) -> Opened:
             "a cache that holds the data set",
         ) from error
     table = _pick_split(loaded, split, path, loaded_split=True)
-    return Opened(path, _table_rows(table, path), lambda: str(getattr(table, "_fingerprint", "")))
+    fingerprint = str(getattr(table, "_fingerprint", ""))
+    return _table(table, path, "hub" if fingerprint else "", lambda: fingerprint)
 
 
 def _pick_split(loaded: Any, split: str | None, name: str, loaded_split: bool = False) -> Any:
@@ -298,9 +350,11 @@ def _pick_split(loaded: Any, split: str | None, name: str, loaded_split: bool = 
     )  # fmt: skip
 
 
-def _table_rows(table: Any, name: str) -> Iterator[Row]:
-    for number, values in enumerate(table, start=1):
-        yield _row(f"{name} row {number}", values)
+def _table(table: Any, name: str, how: str, digest: Callable[[], str]) -> Opened:
+    meter = Meter()
+    values = meter.count(table, len(table) if isinstance(table, Sized) else 0)
+    rows = (_row(f"{name} row {number}", row) for number, row in enumerate(values, start=1))
+    return Opened(name, rows, digest, how, meter=meter)
 
 
 def _first_line(error: Exception) -> str:
