@@ -129,6 +129,7 @@ class Layout:
     place: npt.NDArray[np.int64]  # (M,) position in the flattened (N * T)
     mask: npt.NDArray[np.bool_]  # (N, T) the tokens that count
     keys: tuple[tuple[int, int], ...]  # (N,) (row of the data set, number of the completion in its tree)
+    pieces: int = 1  # into how many pieces the head cuts M at least: the same on all ranks
 
     @property
     def positions(self) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -21,9 +21,11 @@ from alignzoo.errors import ModelError
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
 from alignzoo.progress import Say, sayer
 from alignzoo.recipe import Recipe, problems_error
-from alignzoo.reference import ReferencePlan, plan_reference
 from alignzoo.schema import Problem, show
 from alignzoo.tree import Tree
+
+if TYPE_CHECKING:
+    from alignzoo.reference import ReferencePlan
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ def make_job(
     watch: Watch | None = None,
 ) -> Job:
     """Recipe, plugin, names and data, in the order of what is cheap to find wrong. Raises AlignzooError."""
-    live = live or Live()
+    live = _in_memory(live or Live())
     registry = discover(plugin_files, losses)
     for warning in registry.warnings:
         say(f"WARNING: {warning}")
     info, loss = find_loss(recipe, registry)
     say(f"loss: {describe_loss(info, loss)}")
+    from alignzoo.reference import plan_reference  # torch: a misspelt loss is told before it is imported
+
     reference = plan_reference(recipe, loss, live_model=live.model is not None)
     say(f"reference: {reference.words}")
     _check_names(recipe)
@@ -108,6 +112,12 @@ def make_job(
     return Job(recipe, info, loss, registry, reference, location, tokenizer, data, steps, live, pairs)
 
 
+def _in_memory(live: Live) -> Live:
+    """Rows that can be gone through only once as a list, since they may be wanted as two kinds of data."""
+    listed = {name: list(rows) for name in ("train", "eval") if isinstance(rows := getattr(live, name), Iterator)}
+    return dataclasses.replace(live, **listed)
+
+
 def _carry_template(recipe: Recipe, tokenizer: Any, say: Say) -> None:
     """A template that the recipe names is saved with the model, so that who loads it writes prompts as in training."""
     template = choose_template(recipe.data, tokenizer)
@@ -121,8 +131,9 @@ def _held_out_pairs(recipe: Recipe, loss: Loss, tokenizer: Any, data: Prepared, 
     sources = [s for s in data.report.sources if s.role == "eval"] or data.report.sources
     if not data.eval or loss.data == "pairs" or any(s.kind != "pairs" for s in sources):
         return ()
-    pairs = held_out(recipe.data, "pairs", tokenizer, train=live.train, eval=live.eval, say=say)
-    say(f"{len(pairs)} held-out pairs are measured as pairs too (eval_pairs/accuracies)")
+    pairs = held_out(data, recipe.data, "pairs", tokenizer, train=live.train, eval=live.eval, say=say)
+    if pairs:
+        say(f"{len(pairs)} held-out pairs are measured as pairs too (eval_pairs/accuracies)")
     return pairs
 
 
@@ -154,8 +165,8 @@ def describe_steps(recipe: Recipe, data: Prepared, steps: int) -> str:
 
 def _check_names(recipe: Recipe) -> None:
     """Optimizer, schedule, device and trackers, before anything is loaded."""
-    from alignzoo.engine import check_machine
     from alignzoo.optim import check_names
+    from alignzoo.sharding import check_machine
 
     check_names(recipe)
     check_machine(recipe)

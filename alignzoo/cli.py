@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +13,59 @@ import click
 
 from alignzoo import __version__
 from alignzoo.errors import AlignzooError
+from alignzoo.launch import without_options
+from alignzoo.ranks import Rank, quiet_unless_first, tell
 
 if TYPE_CHECKING:
     from alignzoo.plugins import Registry
+    from alignzoo.recipe import Recipe
 
 
-class _Group(click.Group):
-    """Prints an AlignzooError without a traceback and exits with its code."""
+class Group(click.Group):
+    """Prints an AlignzooError without a traceback and exits with its code. Of several ranks, one has the word."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        here = Rank.here()
         try:
             return super().invoke(ctx)
-        except AlignzooError as error:
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except click.ClickException as error:
+            if here.local == 0:
+                raise
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt as error:
+            if here.rank == 0:
+                click.echo("interrupted: what was written to the run directory stays there", err=True)
+            ctx.exit(_tell(error) if here.many else 130)
+        except Exception as error:
+            if here.many:
+                ctx.exit(_tell(error))
+            if not isinstance(error, AlignzooError):
+                raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted: what was written to the run directory stays there", err=True)
-            ctx.exit(130)
+
+
+def _tell(error: BaseException) -> int:
+    return tell(error, lambda text: click.echo(text, err=True))
+
+
+_LAUNCH = ("--processes", "--gpus", "--hostfile")
+
+
+class _Launchable(click.Command):
+    """Keeps the words that a launcher is to start it with, in each process."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["words"] = [str(ctx.info_name), *without_options(args, _LAUNCH)]
+        return super().parse_args(ctx, _resume_apart(args))
+
+
+def _resume_apart(args: list[str]) -> list[str]:
+    """--resume takes a directory or nothing; a recipe that stands behind it is a recipe."""
+    pairs = zip(args, [*args, ""][1:], strict=True)
+    return ["--resume=" if word == "--resume" and after.endswith(".toml") else word for word, after in pairs]
 
 
 def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,27 +79,87 @@ def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="alignzoo")
-def cli() -> None:
+@click.option("--local_rank", "--local-rank", type=int, default=None, hidden=True,
+              help="Put here by DeepSpeed's launcher, which sets LOCAL_RANK too.")  # fmt: skip
+def cli(local_rank: int | None) -> None:
     """A zoo of LLM alignment algorithms: one recipe, any loss plugin, one shared engine."""
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
-@cli.command()
+@cli.command(cls=_Launchable)
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECIPE...")
 @_recipe_options
-def run(recipes: tuple[Path, ...], overrides: tuple[str, ...], plugins: tuple[Path, ...]) -> None:
+@click.option("--processes", type=click.IntRange(1), metavar="N", help="Train in N processes on this machine.")
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Train on N GPUs of this machine.")
+@click.option("--hostfile", type=click.Path(path_type=Path), metavar="FILE",
+              help='Train on several machines: lines "HOST slots=N" for deepspeed.')  # fmt: skip
+@click.option("--resume", is_flag=False, flag_value="", metavar="[DIR]",
+              help="Go on with an interrupted run: DIR, a checkpoint in it, or else the newest of RECIPE.")  # fmt: skip
+@click.pass_context
+def run(
+    context: click.Context,
+    recipes: tuple[Path, ...],
+    overrides: tuple[str, ...],
+    plugins: tuple[Path, ...],
+    processes: int | None,
+    gpus: int | None,
+    hostfile: Path | None,
+    resume: str | None,
+) -> None:
     """Train a model as RECIPE says.
 
     With several recipes each starts from the model that the one before has trained. --set and --plugin hold for all.
-    """
-    from alignzoo.recipe import load_recipe
 
-    for path in recipes:  # a mistake is told at once: the next import takes seconds
-        load_recipe(path, overrides)
+    torchrun, deepspeed and accelerate launch start it too, as the module alignzoo.
+    """
+    quiet_unless_first()
+    if sum(option is not None for option in (processes, gpus, hostfile)) > 1:
+        raise click.UsageError("--processes, --gpus and --hostfile: give one of them")
+    from alignzoo.recipe import load_recipe
+    from alignzoo.zero import check_zero
+
+    many = processes or gpus or (None if hostfile else Rank.here().world)
+    loaded = [load_recipe(path, overrides) for path in recipes]  # a mistake is told at once: what follows takes seconds
+    for recipe in loaded:
+        check_zero(recipe, ranks=many)
+    going_on = _find_run(loaded, resume)
+    code = _launch(context.meta["words"], [r.engine.device for r in loaded], processes, gpus, hostfile)
+    if code is not None:
+        context.exit(code)
     from alignzoo.runner import run_chain
 
-    run_chain(recipes, overrides, plugins, command=sys.argv)
+    run_chain(recipes, overrides, plugins, command=sys.argv, resume=going_on)
+
+
+def _find_run(recipes: list[Recipe], resume: str | None) -> Path | bool:
+    """What run_chain is to resume. What cannot go on is told at once."""
+    if resume is None:
+        return False
+    from alignzoo.resume import find_run
+
+    if len(recipes) == 1:  # run_chain refuses more
+        find_run(recipes[0], Path(resume) if resume else None, lambda _: None)
+    return Path(resume) if resume else True
+
+
+def _launch(
+    words: list[str], devices: list[str], processes: int | None, gpus: int | None, hostfile: Path | None
+) -> int | None:
+    """The exit code of a run in other processes; None where this one is to train."""
+    from alignzoo.launch import check_devices, check_free, launch, launch_hosts
+
+    count = processes or gpus
+    if count is None and hostfile is None:
+        return None
+    check_free()
+    if hostfile is not None:
+        return launch_hosts(words, hostfile, click.echo)
+    for device in devices:
+        check_devices(count or 1, device, gpus=gpus is not None)
+    return launch(words, count, click.echo) if count and count > 1 else None
 
 
 @cli.command()
@@ -78,6 +175,23 @@ def check(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...]) -
     from alignzoo.check import check as run_check
 
     run_check(loaded, Console(), plugins)
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="RUN_OR_CHECKPOINT")
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder to make.")
+@click.option("--merge", is_flag=True, help="Fold a LoRA adapter into its base.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Type of the weights; as model.dtype has it if not given.")  # fmt: skip
+def export(source: Path, to: Path, merge: bool, dtype: str | None) -> None:
+    """Make a folder that transformers loads, of a run or of one of its checkpoints."""
+    from rich.console import Console
+
+    from alignzoo.export import export as write
+    from alignzoo.progress import sayer
+
+    say = sayer(Console())
+    say(f"model: {write(source, to, merge=merge, dtype=dtype, say=say)}")
 
 
 @cli.group()

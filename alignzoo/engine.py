@@ -6,29 +6,28 @@ order and the number of ranks change nothing but rounding.
 
 from __future__ import annotations
 
-import os
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from rich.console import Console
 from torch import Tensor
 
 from alignzoo.api import Loss, LossOutput
-from alignzoo.batch import Layout, StepRows, blocks_of, count_steps, padded_layout, plan_step, steps_of
+from alignzoo.batch import StepRows, blocks_of, count_steps, padded_layout, plan_step, steps_of
 from alignzoo.errors import PluginError, RunError
-from alignzoo.logprobs import Scorer
+from alignzoo.logprobs import Scorer, is_mixture_of_experts
 from alignzoo.metrics import Accumulator, memory_gib, record, record_preference
+from alignzoo.micro import BadRows, MicroBatch, Round, Tally, Whole, rounds_of
 from alignzoo.objective import Objective, Prepared, Scored, State, count_units, make_step, masked_sum, pairs_of
 from alignzoo.optim import make_optimizer, make_schedule
 from alignzoo.progress import StepProgress, brief
 from alignzoo.recipe import Recipe
-from alignzoo.reference import AdapterOff, FrozenReference, Reference, ReferencePlan, Remembering
+from alignzoo.reference import AdapterOff, FrozenReference, ReferencePlan, Remembering
+from alignzoo.sharding import hold, hold_frozen, of_all_ranks
 from alignzoo.tree import Tree
 
 TOKENS_PER_DEVICE = {
@@ -36,93 +35,6 @@ TOKENS_PER_DEVICE = {
     "cuda": 8192,
 }  # activations of a 135M model: some 3 GB; of a 7B model with them: 20 GB
 Record = dict[str, float]
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Some trees of a step, laid out for one forward pass."""
-
-    trees: Sequence[Tree]
-    layout: Layout
-    step: Mapping[str, Tensor]  # the results of `prepare` for these trees
-    units: tuple[int, ...]  # of each term of the loss
-
-    @property
-    def counted(self) -> int:
-        """Completion tokens that count."""
-        return sum(c.counted for t in self.trees for c in t.completions)
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What a step's sums are divided by."""
-
-    units: tuple[int, ...]  # of each term, over all micro-batches and ranks
-    counted: int
-
-    @staticmethod
-    def of(micro: Sequence[MicroBatch]) -> Whole:
-        return Whole(tuple(sum(u) for u in zip(*(m.units for m in micro), strict=True)), sum(m.counted for m in micro))
-
-
-@dataclass
-class Tally:
-    """What is collected until the next line of metrics."""
-
-    metrics: Accumulator = field(default_factory=Accumulator)
-    losses: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-    positions: int = 0
-    real_positions: int = 0
-    skipped: int = 0
-
-
-def check_machine(recipe: Recipe) -> None:
-    """Raises RecipeError where this machine lacks the device, the precision or a tracker that the recipe asks for."""
-    choose_precision(recipe)
-    installed = {str(getattr(t, "value", t)) for t in get_available_trackers()}
-    for tracker in recipe.log.trackers:
-        if tracker not in installed:
-            known = tracker in LOGGER_TYPE_TO_CLASS
-            raise recipe.error(
-                ("log", "trackers"),
-                f'log.trackers: "{tracker}" is {"not installed" if known else "no tracker that accelerate knows"}',
-                fix=f"pip install {tracker}" if known else "one of " + ", ".join(sorted(LOGGER_TYPE_TO_CLASS)),
-            )
-
-
-def on_cpu(recipe: Recipe) -> bool:
-    """Whether the recipe computes on the CPU here."""
-    if recipe.engine.device == "cuda" and not torch.cuda.is_available():
-        raise recipe.error(("engine", "device"), 'engine.device = "cuda", and torch sees no GPU here')
-    return recipe.engine.device == "cpu" or not torch.cuda.is_available()
-
-
-def choose_precision(recipe: Recipe) -> str:
-    """engine.precision on this machine: "fp32", "bf16" or "fp16"."""
-    wanted, cpu = recipe.engine.precision, on_cpu(recipe)
-    if wanted == "auto":
-        return "bf16" if not cpu and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "fp16" and cpu:
-        raise recipe.error(
-            ("engine", "precision"), 'engine.precision = "fp16" needs a GPU', fix='use "fp32" or "bf16" on a CPU'
-        )
-    return wanted
-
-
-def make_accelerator(recipe: Recipe, project_dir: str) -> Accelerator:
-    """An accelerator for the device and precision of the recipe."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may want another precision
-    precision, cpu = choose_precision(recipe), on_cpu(recipe)
-    if cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares the search for another, and a warning that it failed
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(recipe.log.trackers) or None,
-        project_dir=project_dir,
-    )
 
 
 class Engine:
@@ -145,23 +57,37 @@ class Engine:
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.budget = recipe.engine.tokens_per_device or TOKENS_PER_DEVICE[self.device.type]
-        policy.to(self.device)
-        self.bare = policy
-        self.policy, self.optimizer = accelerator.prepare(policy, make_optimizer(recipe, policy))
-        self.reference = self._make_reference(reference, frozen)
-        self.held_out_reference = None if self.reference is None else Remembering(self.reference)
-        self.pair_reference = None if self.reference is None else Remembering(self.reference)
-        self.step_reference = None if self.reference is None else Remembering(self.reference)
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.bare = policy.to(self.device)
+        sparse = is_mixture_of_experts(policy.causal_lm)
+        self.holder = hold(recipe, accelerator, policy, make_optimizer(recipe, policy), sparse=sparse)
+        self.policy = self.holder.policy
+        make = self._reference_maker(reference, frozen)
+        self.held_out_reference, self.pair_reference, self.step_reference = make(), make(), make()
         self.state: State = loss.init_state()
         self.tokens_seen = 0
+        self.tally = Tally()
+        self.beat: Callable[[str], None] = lambda _: None  # told what begins, see watchdog.py
 
-    def _make_reference(self, plan: ReferencePlan, frozen: Scorer | None) -> Reference | None:
+    def _reference_maker(self, plan: ReferencePlan, frozen: Scorer | None) -> Callable[[], Remembering | None]:
+        if plan.kind == "none":
+            return lambda: None
+        reference: AdapterOff | FrozenReference
         if plan.kind == "adapter_off":
-            return AdapterOff(self.bare, self.policy)
-        if plan.kind == "frozen":
+            reference = AdapterOff(self.bare, self.policy)
+        else:
             assert frozen is not None
-            return FrozenReference(frozen.to(self.device), self.accelerator.autocast)
-        return None
+            scorer = frozen.to(self.device).eval().requires_grad_(False)
+            reference = FrozenReference(hold_frozen(self.recipe, self.accelerator, scorer))
+        return lambda: Remembering(reference, self.rank, self.ranks)
+
+    @torch.no_grad()
+    def inside(self, run: Callable[[Any], Any]) -> Any:
+        """What `run` makes of the model, within the wrapped module: under ZeRO-3 the weights are at hand only there.
+
+        All ranks call it, and do the same number of forward passes in it.
+        """
+        return self.policy(None, run=run)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -169,90 +95,103 @@ class Engine:
         self,
         train: Sequence[Tree],
         held_out: Sequence[Tree],
-        on_step: Callable[[int], None] = lambda _: None,
+        on_step: Callable[[int, Record], bool] = lambda *_: False,
         pairs: Sequence[Tree] = (),
+        start: int = 0,
     ) -> None:
-        """The whole training: evaluations, steps, metrics. `on_step` is called after each step (checkpoints).
+        """The whole training: evaluations, steps, metrics.
 
-        pairs: held-out pairs, chosen and rejected, that a loss on another kind of data is measured on too.
+        on_step: called after each step with its evaluation, {} where there was none (checkpoints); True ends it
+        pairs: held-out pairs, chosen and rejected, that a loss on another kind of data is measured on too
+        start: the step that a checkpoint was restored from
         """
-        plan = self.recipe.train
+        plan, every = self.recipe.train, self.recipe.eval.every_steps
         total = count_steps(len(train), plan.batch_size, plan.epochs, plan.max_steps)
         per_epoch = count_steps(len(train), plan.batch_size, 1, None)
-        self.schedule = make_schedule(self.recipe, self.optimizer, total)
-        every, tally = self.recipe.eval.every_steps, Tally()
-        if self.recipe.eval.at_start:
-            self.evaluate(held_out, 0, 0.0, pairs)
-        self.policy.train()
-        with StepProgress(self.console, total, "training") as progress:
-            for rows in steps_of(len(train), plan.batch_size, plan.epochs, plan.max_steps, plan.seed):
+        if start == 0:
+            self.make_schedule(total)
+            if self.recipe.eval.at_start:
+                self.evaluate(held_out, 0, 0.0, pairs)
+        self.bare.train()
+        steps = steps_of(len(train), plan.batch_size, plan.epochs, plan.max_steps, plan.seed)
+        with StepProgress(self.console, total, "training", start) as progress:
+            for rows in itertools.islice(steps, start, None):
                 epoch = rows.step / per_epoch
-                self._step(rows, [train[r] for r in rows.rows], tally)
-                line = None
+                self._step(rows, [train[r] for r in rows.rows])
+                line, found = None, Record()
                 if rows.step % self.recipe.log.every_steps == 0 or rows.step == total:
-                    line = self._log_training(rows.step, epoch, tally)
-                    tally = Tally()
+                    line = self._log_training(rows.step, epoch)
                 progress.advance(rows.step, line)
-                on_step(rows.step)
                 if rows.step == total or (every and rows.step % every == 0):
-                    self.evaluate(held_out, rows.step, epoch, pairs)
-                    self.policy.train()
+                    found = self.evaluate(held_out, rows.step, epoch, pairs)
+                    self.bare.train()
+                if on_step(rows.step, found):
+                    break
 
-    def _micro_batches(self, trees: Sequence[Tree], prepared: Prepared) -> list[list[MicroBatch]]:
-        """Of each rank, its micro-batches."""
-        plan = plan_step(trees, self.accelerator.num_processes, self.budget)
-        return [[self._micro_batch(trees, members, prepared) for members in of_rank] for of_rank in plan]
+    def make_schedule(self, total: int) -> None:
+        """The schedule of the learning rate over all steps of the run."""
+        self.schedule = make_schedule(self.recipe, self.holder.optimizer, total)
+
+    def _rounds(self, trees: Sequence[Tree], prepared: Prepared) -> tuple[list[Round], Whole]:
+        """The forward passes of a step, and what its sums are divided by. Every rank knows all of it."""
+        plan = plan_step(trees, self.ranks, self.budget)
+        micro = [[self._micro_batch(trees, members, prepared) for members in of_rank] for of_rank in plan]
+        return rounds_of(micro, self.rank), Whole.of([m for of_rank in micro for m in of_rank])
 
     def _micro_batch(self, trees: Sequence[Tree], members: Sequence[int], prepared: Prepared) -> MicroBatch:
         chosen, step = [trees[i] for i in members], prepared.of(members)
         layout = padded_layout(chosen)
         return MicroBatch(chosen, layout, step, self.objective.units(chosen, layout, step))
 
-    def _step(self, rows: StepRows, trees: Sequence[Tree], tally: Tally) -> None:
+    def _step(self, rows: StepRows, trees: Sequence[Tree]) -> None:
         """One optimizer step."""
-        started = time.perf_counter()
+        started, tally = time.perf_counter(), self.tally
         prepared, self.state = self._prepare(trees, self.state, self.step_reference)
-        ranks = self._micro_batches(trees, prepared)
-        whole = Whole.of([m for rank in ranks for m in rank])
-        mine = ranks[self.accelerator.process_index]
-        total, bad = torch.zeros((), device=self.device, dtype=torch.float64), _BadRows()
-        for i, micro in enumerate(mine):
-            last = i == len(mine) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                loss, router = self._forward(micro, whole, tally.metrics, bad)
+        rounds, whole = self._rounds(trees, prepared)
+        total, bad = torch.zeros((), device=self.device, dtype=torch.float64), BadRows()
+        for i, round in enumerate(rounds):
+            self.beat(f"step {rows.step}, micro-batch {i + 1} of {len(rounds)}")
+            last = i == len(rounds) - 1
+            with self.holder.accumulate(last):
+                loss, router = self._forward(round, whole, tally.metrics, bad)
                 if last:  # one flag for all micro-batches and ranks, so that no rank stops alone
                     self._stop_if(bad, f"step {rows.step}", rows.step - 1)
-                self.accelerator.backward((loss + router) * self.accelerator.num_processes)
+                self.holder.backward((loss + router) * self.ranks)
             total += loss.detach()
-            tally.positions += micro.layout.positions
-            tally.real_positions += micro.layout.real_positions
-        self._update(rows.step, tally)
+        self._update(rows.step)
         tally.losses.append(self.accelerator.reduce(total, "sum"))
         tally.tokens += sum(t.tokens for t in trees)
         tally.seconds += time.perf_counter() - started
         if self.step_reference is not None:
             self.step_reference.forget()
 
-    def _forward(self, micro: MicroBatch, whole: Whole, metrics: Accumulator, bad: _BadRows) -> tuple[Tensor, Tensor]:
-        """A micro-batch's part of the step's loss, and of its router loss."""
-        output, scores = self._apply(micro, metrics, self.step_reference, bad)
-        self._check_units(micro, output)
+    def _forward(self, round: Round, whole: Whole, metrics: Accumulator, bad: BadRows) -> tuple[Tensor, Tensor]:
+        """This rank's part of the step's loss in a round, and of its router loss."""
+        output, scores = self._apply(round, metrics, self.step_reference, bad)
+        if round.mine is None or output is None:
+            nothing = scores["logps"].sum() * 0.0
+            return nothing, nothing * scores.get("router_loss", 0.0)
+        self._check_units(round.mine, output)
         loss = torch.stack([masked_sum(t) / max(u, 1) for t, u in zip(output.terms, whole.units, strict=True)]).sum()
         router = loss.new_zeros(())
         if "router_loss" in scores:
             # a mean over the micro-batch's tokens; the one number here that depends on how a step is cut
-            router = self.recipe.model.router_loss * micro.counted / whole.counted * scores["router_loss"]
+            router = self.recipe.model.router_loss * round.mine.counted / whole.counted * scores["router_loss"]
             metrics.mean("router_loss", scores["router_loss"].reshape(1))
+        metrics.share("padding_fraction", round.layout.positions - round.layout.real_positions, round.layout.positions)
         return loss, router
 
     def _apply(
-        self, micro: MicroBatch, metrics: Accumulator, reference: Reference | None, bad: _BadRows
-    ) -> tuple[LossOutput, Mapping[str, Tensor]]:
-        """Log-probs and the loss of a micro-batch, recorded."""
-        table = None if reference is None else reference.score(micro.layout)
-        scores = dict(self.policy(micro.layout, self.objective.stats))
+        self, round: Round, metrics: Accumulator, reference: Remembering | None, bad: BadRows
+    ) -> tuple[LossOutput | None, Mapping[str, Tensor]]:
+        """Log-probs of a round, and the loss of this rank's rows in it, recorded; None where it has none."""
+        micro = round.mine
+        table = None if reference is None else reference.score(round)
+        scores = dict(self.policy(round.layout, self.objective.stats))
         if not torch.is_grad_enabled():
             scores = {name: value.detach() for name, value in scores.items()}
+        if micro is None:
+            return None, scores
         batch = self.objective.batch(Scored(micro.trees, micro.layout, scores, table, micro.step))
         output = self.objective(batch)
         record(metrics, self.objective.loss.name, batch, output)
@@ -269,39 +208,40 @@ class Engine:
                 fix="multiply the loss by zero where it shall not count, or compute the mask in prepare",
             )
 
-    def _stop_if(self, bad: _BadRows, when: str, done: int) -> None:
+    def _stop_if(self, bad: BadRows, when: str, done: int) -> None:
+        """Raises RunError, the same on all ranks, where one of them found something that is not finite."""
         flag = torch.tensor(float(bool(bad.rows)), device=self.device)
-        if self.accelerator.reduce(flag, "sum").item() > 0:
-            raise RunError(
-                f"{when}: {bad.what or 'another rank found a loss or log-prob that is not finite'}",
-                why="rows " + ", ".join(bad.rows[:5]) + (f" and {len(bad.rows) - 5} more" if len(bad.rows) > 5 else ""),
-                fix=f"the weights are as after step {done}: lower train.learning_rate, look at these rows, "
-                'or set engine.precision = "fp32"',
-            )
+        if self.accelerator.reduce(flag, "sum").item() == 0:
+            return
+        found = [one for one in of_all_ranks(self.accelerator, bad) if one.rows]
+        rows = [row for one in found for row in one.rows]
+        raise RunError(
+            f"{when}: {found[0].what}",
+            why="rows " + ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else ""),
+            fix=f"the weights are as after step {done}: lower train.learning_rate, look at these rows, "
+            'or set engine.precision = "fp32"',
+        )
 
-    def _update(self, step: int, tally: Tally) -> None:
+    def _update(self, step: int) -> None:
         """Clips, checks the gradient, and moves the weights."""
-        limit = self.recipe.train.max_grad_norm
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(trained, limit if limit > 0 else float("inf"))
-        if not torch.isfinite(norm) and self.accelerator.scaler is None:
+        self.learning_rate = self.schedule.get_last_lr()[0]
+        update = self.holder.update()
+        if not update.applied and self.accelerator.mixed_precision != "fp16":
             raise RunError(
-                f"step {step}: the gradient is not finite (norm {norm.item()})",
+                f"step {step}: the gradient is not finite (norm {update.norm.item()})",
                 why="the loss and all log-probs were finite",
                 fix=f"the weights are as after step {step - 1}: lower train.learning_rate, "
                 'or set engine.precision = "fp32"',
             )
-        self.learning_rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        if self.optimizer.step_was_skipped:  # fp16: the loss scale was too large
-            tally.skipped += 1
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        tally.metrics.mean("grad_norm", norm.reshape(1))
+        if update.applied:
+            self.schedule.step()
+        else:  # fp16: the loss scale was too large
+            self.tally.skipped += 1
+        self.tally.metrics.mean("grad_norm", update.norm.reshape(1))
 
     # --- the whole step, for prepare ---------------------------------------------------------------------------------
 
-    def _prepare(self, trees: Sequence[Tree], state: State, reference: Reference | None) -> tuple[Prepared, State]:
+    def _prepare(self, trees: Sequence[Tree], state: State, reference: Remembering | None) -> tuple[Prepared, State]:
         """Runs the loss's `prepare` over all rows of a step; without one it does nothing."""
         loss = self.objective.loss
         if not loss.has_prepare:
@@ -313,27 +253,34 @@ class Engine:
         return Prepared(values, tuple(starts)), new_state
 
     @torch.no_grad()
-    def _sums(self, trees: Sequence[Tree], reference: Reference | None) -> Tensor:
+    def _sums(self, trees: Sequence[Tree], reference: Remembering | None) -> Tensor:
         """Policy sum, reference sum and length of every branch, (N, 3), trees in order, the same on every rank."""
         mismatched = self.objective.loss.needs_mismatched
         sizes = [len(tree.branches if mismatched else tree.completions) for tree in trees]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         table = torch.zeros(sum(sizes), 3, device=self.device)
-        plan = plan_step(trees, self.accelerator.num_processes, self.budget, mismatched=mismatched)
-        for members in plan[self.accelerator.process_index]:
-            layout = padded_layout([trees[i] for i in members], mismatched=mismatched)
-            index = [
-                starts[i] + k
-                for i in members
-                for k in range(len(trees[i].branches if mismatched else trees[i].completions))
-            ]
-            mask = torch.from_numpy(layout.mask).to(self.device)
-            scores = self.policy(layout)["logps"]
+        for round, members in self._bare_rounds(trees, mismatched):
+            scores = self.policy(round.layout)["logps"]
+            frozen = None if reference is None else reference.score(round)
+            if round.mine is None:
+                continue
+            index = [starts[i] + k for i in members for k in range(sizes[i])]
+            mask = torch.from_numpy(round.layout.mask).to(self.device)
             table[index, 0] = scores.masked_fill(~mask, 0.0).sum(-1).float()
-            if reference is not None:
-                table[index, 1] = reference.score(layout).masked_fill(~mask, 0.0).sum(-1).float()
+            if frozen is not None:
+                table[index, 1] = frozen.masked_fill(~mask, 0.0).sum(-1).float()
             table[index, 2] = mask.sum(-1).float()
         return self.accelerator.reduce(table, "sum")  # type: ignore[no-any-return]
+
+    def _bare_rounds(self, trees: Sequence[Tree], mismatched: bool = False) -> Iterator[tuple[Round, tuple[int, ...]]]:
+        """Forward passes that no loss is computed from, each with the indices of this rank's trees."""
+        plan = plan_step(trees, self.ranks, self.budget, mismatched=mismatched)
+        micro = []
+        for of_rank in plan:
+            chosen = [[trees[i] for i in members] for members in of_rank]
+            micro.append([MicroBatch(one, padded_layout(one, mismatched=mismatched)) for one in chosen])
+        mine = [*plan[self.rank], *[()] * len(trees)]
+        return zip(rounds_of(micro, self.rank), mine, strict=False)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -342,8 +289,8 @@ class Engine:
         """Loss and all metrics on the held-out rows, in consecutive blocks of batch_size; written with eval_ names."""
         if not held_out:
             return {}
-        self.policy.eval()
-        started, metrics, bad = time.perf_counter(), Accumulator(), _BadRows()
+        self.bare.eval()
+        started, metrics, bad = time.perf_counter(), Accumulator(), BadRows()
         size = self.recipe.train.batch_size
         blocks, pair_blocks = ([[rows[i] for i in b] for b in blocks_of(len(rows), size)] for rows in (held_out, pairs))
         with StepProgress(self.console, len(blocks) + len(pair_blocks), f"evaluating at step {step}") as progress:
@@ -353,75 +300,60 @@ class Engine:
                 progress.advance(number)
         self._stop_if(bad, f"evaluation at step {step}", step)
         line: Record = {"step": step, "epoch": round(epoch, 6), "eval_loss": loss}
-        line |= {f"eval_{name}": value for name, value in metrics.result().items()}
+        line |= {f"eval_{name}": value for name, value in self._over_ranks(metrics).items()}
         line["eval_runtime"] = time.perf_counter() - started
         self._write(line)
         self.console.print(f"held-out, step {step}: {brief(line)}", highlight=False)
         return line
 
     def _evaluate_loss(
-        self, blocks: Sequence[Sequence[Tree]], metrics: Accumulator, bad: _BadRows, progress: StepProgress
+        self, blocks: Sequence[Sequence[Tree]], metrics: Accumulator, bad: BadRows, progress: StepProgress
     ) -> float:
         """The loss over all blocks: the sum of each term divided by all its units."""
         sums, units = [], []
         for number, trees in enumerate(blocks, start=1):
             prepared, _ = self._prepare(trees, self.state, self.held_out_reference)
-            for micro in self._micro_batches(trees, prepared)[self.accelerator.process_index]:
-                output, _scores = self._apply(micro, metrics, self.held_out_reference, bad)
-                sums.append(torch.stack([masked_sum(t).double() for t in output.terms]))
-                units.append(torch.tensor(micro.units))
+            rounds, whole = self._rounds(trees, prepared)
+            mine = torch.zeros(len(whole.units), device=self.device, dtype=torch.float64)
+            for round in rounds:
+                output, _scores = self._apply(round, metrics, self.held_out_reference, bad)
+                if output is not None:
+                    mine += torch.stack([masked_sum(t).double() for t in output.terms])
+            sums.append(mine)
+            units.append(torch.tensor(whole.units))
             progress.advance(number)
-        return float((torch.stack(sums).sum(0).cpu() / torch.stack(units).sum(0).clamp(min=1)).sum())
+        total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum").cpu()
+        return float((total / torch.stack(units).sum(0).clamp(min=1)).sum())
 
     def _evaluate_pairs(self, trees: Sequence[Tree], metrics: Accumulator) -> None:
         """Which side of held-out pairs the policy prefers, for a loss that does not eat pairs itself."""
-        for members in plan_step(trees, self.accelerator.num_processes, self.budget)[self.accelerator.process_index]:
-            layout = padded_layout([trees[i] for i in members])
-            table = None if self.pair_reference is None else self.pair_reference.score(layout)
-            record_preference(
-                metrics, pairs_of(Scored([trees[i] for i in members], layout, self.policy(layout), table))
-            )
+        for round, _members in self._bare_rounds(trees):
+            table = None if self.pair_reference is None else self.pair_reference.score(round)
+            scores = self.policy(round.layout)
+            if round.mine is not None:
+                record_preference(metrics, pairs_of(Scored(round.mine.trees, round.layout, scores, table)))
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _log_training(self, step: int, epoch: float, tally: Tally) -> Record:
+    def _log_training(self, step: int, epoch: float) -> Record:
+        tally, self.tally = self.tally, Tally()
         self.tokens_seen += tally.tokens
         line: Record = {"step": step, "epoch": round(epoch, 6)}
-        line["loss"] = torch.stack(tally.losses).mean().item()
-        line |= tally.metrics.result()
+        line["loss"] = torch.stack([loss.cpu() for loss in tally.losses]).mean().item()
+        line |= self._over_ranks(tally.metrics)
         line["learning_rate"] = self.learning_rate
         line["num_tokens"] = self.tokens_seen
         line["tokens_per_second"] = tally.tokens / tally.seconds
-        line["padding_fraction"] = 1 - tally.real_positions / max(tally.positions, 1)
-        line["memory"] = memory_gib(self.device)
-        if self.accelerator.scaler is not None:
+        line["memory"] = max(of_all_ranks(self.accelerator, memory_gib(self.device)))
+        if self.accelerator.mixed_precision == "fp16":
             line["skipped_steps"] = tally.skipped
         self._write(line)
         return line
+
+    def _over_ranks(self, metrics: Accumulator) -> Record:
+        return Accumulator.merged(of_all_ranks(self.accelerator, metrics.table())).result()
 
     def _write(self, line: Record) -> None:
         self.sink(line)
         if self.recipe.log.trackers:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
-
-
-@dataclass
-class _BadRows:
-    """The rows whose log-probs or loss are not finite."""
-
-    what: str = ""
-    rows: list[str] = field(default_factory=list)
-
-    def look(self, micro: MicroBatch, policy: Tensor, reference: Tensor | None, output: LossOutput) -> None:
-        tables = {"a log-prob of the policy": policy, "a log-prob of the reference": reference}
-        for what, table in tables.items():
-            if table is not None and not torch.isfinite(table).all():
-                index = (~torch.isfinite(table)).any(-1).nonzero().flatten().tolist()
-                self._add(what, {micro.layout.keys[n][0] for n in index}, micro)
-                return
-        if not all(torch.isfinite(masked_sum(t)) for t in output.terms):
-            self._add("the loss", {t.row for t in micro.trees}, micro)
-
-    def _add(self, what: str, rows: set[int], micro: MicroBatch) -> None:
-        self.what = self.what or f"{what} is not finite"
-        self.rows += [t.where or str(t.row) for t in micro.trees if t.row in rows]

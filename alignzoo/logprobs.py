@@ -10,7 +10,7 @@ Shapes: S sequences of L positions, N completions of T tokens, M completion toke
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +26,7 @@ from alignzoo.errors import ModelError
 HEAD_CHUNK = 256  # predicting positions per call of the head: 256 x V float32 logits is 50 MB for V = 49,152
 
 Scores = dict[str, Tensor]
+Inside = Callable[[Callable[[Any], Any]], Any]  # runs something with the model, see Engine.inside
 
 
 class Scorer(nn.Module):
@@ -49,7 +50,13 @@ class Scorer(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, layout: Layout, stats: Collection[str] = ()) -> Scores:
+    def forward(
+        self, layout: Layout | None, stats: Collection[str] = (), *, run: Callable[[Any], Any] | None = None
+    ) -> Any:
+        """run: instead of a layout, what to do with the model where its weights are at hand (see Engine.inside)."""
+        if run is not None:
+            return run(self.model)
+        assert layout is not None
         lm, device = self.causal_lm, self.device
         attention_mask = _tensor(layout.attention_mask, device)
         extra = {"output_router_logits": True} if self.router_loss else {}
@@ -58,21 +65,26 @@ class Scorer(nn.Module):
         )
         hidden = outputs[0]  # (S, L, H)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, _tensor(layout.source, device))  # (M, H)
-        columns = self._score_rows(_HeadOnly(lm), rows, _tensor(layout.target, device), stats)
+        columns = self._score_rows(_HeadOnly(lm), rows, _tensor(layout.target, device), stats, head_pieces(layout))
         place, shape = _tensor(layout.place, device), layout.mask.shape
         scores = {name: _spread(values, place, shape) for name, values in columns.items()}
         if self.router_loss:
             scores["router_loss"] = _router_loss(lm, outputs, attention_mask)
         return scores
 
-    def _score_rows(self, head: _HeadOnly, rows: Tensor, target: Tensor, stats: Collection[str]) -> Scores:
+    def _score_rows(self, head: _HeadOnly, rows: Tensor, target: Tensor, stats: Collection[str], pieces: int) -> Scores:
         parts = []
-        for h, t in zip(rows.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True):
+        for h, t in zip(_cut(rows, pieces), _cut(target, pieces), strict=True):
             if torch.is_grad_enabled():  # the logits are computed again in the backward pass, never kept
                 parts.append(checkpoint(_chunk_scores, head, h, t, stats, use_reentrant=False))
             else:
                 parts.append(_chunk_scores(head, h, t, stats))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if len(rows) < pieces:  # the last ones were for company
+            company = columns["logps"][len(rows) :].sum() * 0.0
+            columns = {name: values[: len(rows)] for name, values in columns.items()}
+            columns["logps"] = columns["logps"] + company
+        return columns
 
     def without_adapter(self) -> AbstractContextManager[Any]:
         """The base model, for a reference that is the base; without an adapter it is the model itself."""
@@ -91,6 +103,16 @@ def _decoder(lm: Any) -> nn.Module:
             fix="use a model that AutoModelForCausalLM loads",
         )
     return decoder  # type: ignore[no-any-return]
+
+
+def head_pieces(layout: Layout) -> int:
+    """Into how many pieces the head cuts the completion tokens of a layout."""
+    return max(layout.pieces, -(-len(layout.target) // HEAD_CHUNK))
+
+
+def _cut(rows: Tensor, pieces: int) -> list[Tensor]:
+    """So many pieces of like size; where there are fewer rows, the first row again, for company."""
+    return [piece if len(piece) else rows[:1] for piece in rows.tensor_split(pieces)]
 
 
 class _HeadOnly:
@@ -180,22 +202,31 @@ def _spread(values: Tensor, place: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def check_scorer(scorer: Scorer, layout: Layout) -> None:
-    """Compares the scorer with the model's plain forward on one layout; a model whose head it misreads is refused."""
-    was_training = scorer.training
-    scorer.eval()
-    try:
+def check_scorer(scorer: Scorer, layout: Layout, inside: Inside | None = None) -> None:
+    """Compares the scorer with the model's plain forward on one layout; a model whose head it misreads is refused.
+
+    inside: Engine.inside, where the weights are at hand under ZeRO-3 and computed with in the precision of the run
+    """
+    was_training, lm = scorer.training, scorer.causal_lm
+
+    def difference(_: Any) -> Tensor:
         device = scorer.device
-        lm = scorer.causal_lm
         ids, mask = _tensor(layout.input_ids, device), _tensor(layout.attention_mask, device)
         logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logits = logits.reshape(-1, logits.shape[-1]).index_select(0, _tensor(layout.source, device)).float()
-        plain = logits.log_softmax(-1).gather(-1, _tensor(layout.target, device).unsqueeze(-1)).squeeze(-1)
-        ours = scorer(layout)["logps"].reshape(-1).index_select(0, _tensor(layout.place, device))
-        worst = (plain - ours.float()).abs().max().item()
+        logits = logits.reshape(-1, logits.shape[-1]).index_select(0, _tensor(layout.source, device))
+        found.add(logits.dtype)
+        plain = logits.float().log_softmax(-1).gather(-1, _tensor(layout.target, device).unsqueeze(-1)).squeeze(-1)
+        ours = scorer.forward(layout)["logps"].reshape(-1).index_select(0, _tensor(layout.place, device))
+        worst: Tensor = (plain - ours.float()).abs().max()
+        return worst
+
+    found: set[torch.dtype] = set()
+    scorer.eval()
+    try:
+        worst = (inside or (lambda run: run(scorer.model)))(difference).item()
     finally:
         scorer.train(was_training)
-    tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+    tolerance = 1e-3 if found <= {torch.float32, torch.float64} else 0.1
     if not worst <= tolerance:
         raise ModelError(
             f"{type(lm).__name__}: log-probs differ from the model's own logits by {worst:.2g} nats",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ RESERVED = frozenset({
 RESERVED_PREFIXES = ("eval_", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/", "pairs/")
 
 
+Table = dict[str, dict[str, Any]]
+
+
 @dataclass
 class Accumulator:
-    """Means, minima and maxima by name; the tensors stay on their device until `result`."""
+    """Means, minima and maxima by name; the tensors stay on their device until `table`."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -34,9 +38,15 @@ class Accumulator:
         """Adds values, or those where `where` is True, to a mean."""
         values = values.detach().double()
         if where is None:
-            total, count = values.sum(), values.new_tensor(values.numel())
+            self._add(name, values.sum(), values.new_tensor(values.numel()))
         else:
-            total, count = values.masked_fill(~where, 0.0).sum(), where.sum().double()
+            self._add(name, values.masked_fill(~where, 0.0).sum(), where.sum().double())
+
+    def share(self, name: str, part: float, whole: float) -> None:
+        """Adds to a fraction."""
+        self._add(name, torch.tensor(part, dtype=torch.float64), torch.tensor(whole, dtype=torch.float64))
+
+    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts[name] + count if name in self.counts else count
 
@@ -44,12 +54,32 @@ class Accumulator:
         values = metric.values.detach().double()
         if metric.where is not None:
             values = values[metric.where]
-        if values.numel() == 0:
-            return
-        found = getattr(values, metric.reduce)()
+        if values.numel():
+            self._reach(name, metric.reduce, getattr(values, metric.reduce)())
+
+    def _reach(self, name: str, reduce: str, found: Tensor) -> None:
         if name in self.extremes:
-            found = getattr(torch.stack([self.extremes[name][1], found]), metric.reduce)()
-        self.extremes[name] = (metric.reduce, found)
+            found = getattr(torch.stack([self.extremes[name][1], found]), reduce)()
+        self.extremes[name] = (reduce, found)
+
+    def table(self) -> Table:
+        """All of it as plain numbers, which other ranks and files can hold."""
+        return {
+            "sums": {n: v.item() for n, v in self.sums.items()},
+            "counts": {n: v.item() for n, v in self.counts.items()},
+            "extremes": {n: [reduce, v.item()] for n, (reduce, v) in self.extremes.items()},
+        }
+
+    @classmethod
+    def merged(cls, tables: Sequence[Table]) -> Accumulator:
+        """One over what several ranks collected."""
+        whole = cls()
+        for table in tables:
+            for name, total in table["sums"].items():
+                whole.share(name, total, table["counts"][name])
+            for name, (reduce, value) in table["extremes"].items():
+                whole._reach(name, reduce, torch.tensor(value, dtype=torch.float64))
+        return whole
 
     def result(self) -> dict[str, float]:
         """Plain numbers; a mean over nothing is left out."""

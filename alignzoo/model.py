@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignzoo.errors import ModelError
@@ -222,17 +222,20 @@ def add_adapter(model: Any, lora: LoRA, quantised: bool) -> Any:
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, base: str, merge: bool) -> Path:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, *, base: str, merge: bool, state: dict[str, Tensor] | None = None
+) -> Path:
     """Writes a folder that plain transformers (or peft, for an adapter) loads; whole or not at all.
 
     base: model.path, written beside an adapter, so that run:DIR finds it again. merge folds the adapter into the model.
+    state: the weights, where the model itself does not hold them all
     """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     adapted = hasattr(model, "get_base_model")
     if adapted and merge:
         model = model.merge_and_unload()
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, **({} if state is None else {"state_dict": state}))
     tokenizer.save_pretrained(aside)
     if adapted and not merge:
         (aside / BASE_FILE).write_text(json.dumps({"base": base}) + "\n", encoding="utf-8")

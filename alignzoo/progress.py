@@ -23,8 +23,9 @@ _SHOWN = {"loss": "loss", "accuracies": "acc", "margins": "margin", "tokens_per_
 class StepProgress:
     """A progress bar over optimizer steps, or about twenty lines where the output is no terminal."""
 
-    def __init__(self, console: Console, total: int, title: str) -> None:
-        self.console, self.total, self.title = console, total, title
+    def __init__(self, console: Console, total: int, title: str, start: int = 0) -> None:
+        """start: steps that were done before."""
+        self.console, self.total, self.title, self.start = console, total, title, start
         self.started = time.monotonic()
         self.every = max(1, total // 20)
         self.bar: Progress | None = None
@@ -38,7 +39,7 @@ class StepProgress:
             self.bar = Progress(
                 *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console
             )
-            self.task = self.bar.add_task(title, total=total, shown="")
+            self.task = self.bar.add_task(title, total=total, completed=start, shown="")
 
     def __enter__(self) -> StepProgress:
         if self.bar:
@@ -55,9 +56,9 @@ class StepProgress:
         shown = brief(metrics or {})
         if self.bar:
             self.bar.update(self.task, completed=step, shown=shown)
-        elif step % self.every == 0 or step in (1, self.total):
+        elif step % self.every == 0 or step in (self.start + 1, self.total):
             spent = time.monotonic() - self.started
-            left = spent / step * (self.total - step)
+            left = spent / max(step - self.start, 1) * (self.total - step)
             self.console.print(
                 f"{self.title} {step}/{self.total}  {shown}  {spent:.0f} s, {left:.0f} s left", highlight=False
             )

@@ -127,11 +127,23 @@ class Engine:
     )
     gradient_checkpointing: bool = setting(False, "less memory for activations, about a third more time")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    zero: int = setting(
+        0, "ZeRO stage: what the ranks share out: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights",
+        ge=0, le=3,
+    )  # fmt: skip
+    offload_optimizer: Literal["none", "cpu", "nvme"] = setting("none", "where optimizer states lie; needs zero >= 1")
+    offload_parameters: Literal["none", "cpu", "nvme"] = setting("none", "where weights lie; needs zero = 3")
+    nvme_path: str | None = setting(None, "folder on a fast disk, for nvme")
+    hpz: int = setting(1, "with zero = 3: each group of so many ranks holds a second copy of the weights", ge=1)
+    config: str | None = setting(None, "a DeepSpeed JSON file, for what has no key here; merged with the keys above")
+    hang_timeout: float = setting(
+        1800.0, "seconds without progress until every rank writes its stack and ends; 0: never", ge=0
+    )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every_steps: int | None = setting(None, "save the model every so many steps; not if not given", ge=1)
+    every_steps: int | None = setting(None, "save all that a run needs to go on, every so many steps", ge=1)
     keep: int = setting(2, "how many of them stay", ge=1)
 
 
@@ -139,6 +151,15 @@ class Checkpoint:
 class Eval:
     every_steps: int | None = setting(None, "evaluate every so many steps; start and end if not given", ge=1)
     at_start: bool = setting(True, "evaluate before the first step")
+    best_metric: str | None = setting(
+        None, "keep the model of the best evaluation in best/, e.g. eval_loss or eval_rewards/accuracies"
+    )
+    best: Literal["auto", "lowest", "highest"] = setting(
+        "auto", "what is best; auto: the lowest loss, else the highest"
+    )
+    patience: int | None = setting(None, "stop after so many evaluations that are not better; needs best_metric", ge=1)
+    max_kl: float | None = setting(None, "stop where an evaluation's max_kl_metric is further from 0 than this", gt=0)
+    max_kl_metric: str = setting("kl/chosen", "mean log-ratio of policy and reference that max_kl looks at, in nats")
 
 
 @dataclass(frozen=True)
@@ -316,6 +337,10 @@ def _sense_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("data", key), "an empty list: name at least one file")
     if model.quantization and model.lora is None:
         yield Problem(("model", "quantization"), "quantised weights cannot be trained: add [model.lora]")
+    if recipe.eval.patience is not None and recipe.eval.best_metric is None:
+        yield Problem(("eval", "patience"), "patience for what? name eval.best_metric")
+    if recipe.eval.patience is not None and recipe.eval.every_steps is None:
+        yield Problem(("eval", "patience"), "there is one evaluation only: set eval.every_steps")
     if recipe.reference.revision is not None and recipe.reference.path is None:
         yield Problem(("reference", "revision"), "there is no reference.path that it could be a revision of")
     if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,20 +42,25 @@ class Reference(Protocol):
     def score(self, layout: Layout) -> Tensor: ...
 
 
-Autocast = Callable[[], AbstractContextManager[Any]]
+class Passes(Protocol):
+    """One forward pass of every rank: what this one forwards, and which completions all of them do."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def everyone(self) -> Sequence[Sequence[tuple[int, int]]]: ...
 
 
 class FrozenReference:
     """A second model that never changes."""
 
-    def __init__(self, scorer: Scorer, autocast: Autocast) -> None:
-        self.scorer, self.autocast = scorer.eval().requires_grad_(False), autocast
+    def __init__(self, forward: Callable[[Layout], dict[str, Tensor]]) -> None:
+        self.forward = forward
 
     @torch.no_grad()
     def score(self, layout: Layout) -> Tensor:
-        with self.autocast():
-            scores: dict[str, Tensor] = self.scorer(layout)
-        return scores["logps"]
+        return self.forward(layout)["logps"]
 
 
 class AdapterOff:
@@ -78,30 +82,39 @@ class AdapterOff:
 
 class Remembering:
     """Keeps the log-probs of each completion, so that a row that comes again (at the next evaluation, or after the
-    pass for `prepare`) is not forwarded again."""
+    pass for `prepare`) is not forwarded again.
 
-    def __init__(self, inner: Reference) -> None:
-        self.inner = inner
+    A sharded reference is a collective: all ranks forward, or none does. So each keeps book of what all have.
+    """
+
+    def __init__(self, inner: Reference, rank: int = 0, ranks: int = 1) -> None:
+        self.inner, self.rank = inner, rank
         self.kept: dict[tuple[int, int], Tensor] = {}  # (row, number of the completion) -> (t,)
+        self.seen: list[set[tuple[int, int]]] = [set() for _ in range(ranks)]
 
-    def score(self, layout: Layout) -> Tensor:
-        if all(key in self.kept for key in layout.keys):
-            return self._from_memory(layout)
-        table = self.inner.score(layout)
-        lengths = _lengths(layout)
-        for n, key in enumerate(layout.keys):
-            self.kept[key] = table[n, : lengths[n]].clone()
+    def score(self, passes: Passes) -> Tensor:
+        """The log-probs of this rank's layout, (N, T); zeros where it forwards for company and nobody has to."""
+        if all(key in seen for seen, keys in zip(self.seen, passes.everyone, strict=True) for key in keys):
+            return self._from_memory(passes)
+        layout = passes.layout
+        table, lengths = self.inner.score(layout), _lengths(layout)
+        for seen, keys in zip(self.seen, passes.everyone, strict=True):
+            seen.update(keys)
+        if passes.everyone[self.rank]:
+            for n, key in enumerate(layout.keys):
+                self.kept[key] = table[n, : lengths[n]].clone()
         return table
 
-    def _from_memory(self, layout: Layout) -> Tensor:
-        rows = [self.kept[key] for key in layout.keys]
-        table = rows[0].new_zeros(layout.mask.shape)
+    def _from_memory(self, passes: Passes) -> Tensor:
+        rows = [self.kept[key] for key in passes.everyone[self.rank]]
+        table = rows[0].new_zeros(passes.layout.mask.shape) if rows else torch.zeros(passes.layout.mask.shape)
         for n, row in enumerate(rows):
             table[n, : len(row)] = row
         return table
 
     def forget(self) -> None:
         self.kept.clear()
+        self.seen = [set() for _ in self.seen]
 
 
 def _lengths(layout: Layout) -> list[int]:

@@ -5,11 +5,13 @@
     metrics.jsonl   one line for each record, as it goes
     plugins/        copies of the files that were given with --plugin
 
-and at the end of a run what report.finish writes. Every file but metrics.jsonl is written whole or not at all.
+and while it goes checkpoints/, at its end what report.finish writes. Every file but metrics.jsonl is written whole or
+not at all.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -21,7 +23,8 @@ import shutil
 import subprocess
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -77,6 +80,47 @@ class RunDir:
             raise _cannot_write(base, error, "set output.dir to a folder that you may write to") from error
         return cls(path)
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Did the run come to its end: the model saved, and then the closing figures?"""
+        return (self.path / "model").is_dir() and (self.path / "summary.json").is_file()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """manifest.json. Raises AlignzooError where the folder is no run directory."""
+        try:
+            found = json.loads((self.path / "manifest.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise AlignzooError(
+                f"{self.path}: no run directory", why=str(error), fix="name a folder that `alignzoo run` made"
+            ) from error
+        return dict(found)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While a run writes here. Raises AlignzooError where another process does; a killed one no longer holds it.
+
+        Where the file system knows no locks, as on some network disks, nothing is held and nothing is raised.
+        """
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise AlignzooError(
+                    f"{self.path}: a run is writing there",
+                    why="another process on this directory has not ended",
+                    fix="wait for it, or end it first",
+                ) from error
+            except OSError:
+                pass
+            yield
+        finally:
+            os.close(handle)
+
     def write_text(self, name: str, text: str) -> Path:
         """A file of the run, UTF-8, line ends as they are."""
         return atomic_write(self.path / name, text.encode("utf-8"))
@@ -114,6 +158,33 @@ class RunDir:
                 file.write(line)
         except OSError as error:
             raise _cannot_write(path, error) from error
+
+    def sync_metrics(self) -> int:
+        """Bytes of metrics.jsonl, all of them on the disk: what a checkpoint notes for `trim_metrics`."""
+        path = self.path / METRICS
+        try:
+            with path.open("ab") as file:
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def trim_metrics(self, size: int) -> int:
+        """metrics.jsonl as it was with `size` bytes: a run that goes on writes the later lines again.
+
+        Returns the number of lines that were cut, half ones too. Raises AlignzooError where lines are missing.
+        """
+        path = self.path / METRICS
+        content = path.read_bytes() if path.exists() else b""
+        if len(content) < size or content[:size][-1:] not in (b"", b"\n"):
+            raise AlignzooError(
+                f"{path}: not the file that the checkpoint was made with",
+                why=f"it has {len(content)} bytes; at the checkpoint it had {size}, to the end of a line",
+                fix="put the file back as the run left it, or start a new run",
+            )
+        if len(content) > size:
+            atomic_write(path, content[:size])
+        return len(content[size:].splitlines())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl in order; [] where there is none yet.
@@ -202,6 +273,7 @@ def manifest(
     data: Mapping[str, str] | None = None,
     weights: Mapping[str, str] | None = None,
     recipe_folder: Path | None = None,
+    live: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a run was made from, for manifest.json. It never fails, and it takes nothing from the environment.
 
@@ -210,6 +282,7 @@ def manifest(
     plugins:  one table for each distribution or file that gave a loss
     data, weights:  name -> sha256, see `hash_file` and `hash_folder`
     recipe_folder:  where the recipe lies, for its git revision
+    live:     what was given from Python in the place of what the recipe names: "model", "tokenizer", "train", "eval"
     """
     from alignzoo import __version__
 
@@ -224,6 +297,7 @@ def manifest(
         "plugins": [dict(plugin) for plugin in plugins],
         "data": dict(data or {}),
         "weights": dict(weights or {}),
+        "live": list(live),
         "git": {
             "working_directory": git_revision(Path()),
             "recipe": None if recipe_folder is None else git_revision(recipe_folder),

@@ -6,31 +6,38 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from rich.console import Console
 
 from alignzoo.api import Loss
-from alignzoo.batch import padded_layout
 from alignzoo.check import Job, Live, make_job
-from alignzoo.data.show import rendered_row
+from alignzoo.checkpoint import CheckpointReader, prune
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import prompt_ids
 from alignzoo.data.watch import Watch
-from alignzoo.engine import Engine, Record, make_accelerator
-from alignzoo.errors import AlignzooError, ModelError
-from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
-from alignzoo.model import add_adapter, hash_weights, load_model, locate, save_model, set_dropout
-from alignzoo.progress import Say, sayer
-from alignzoo.recipe import Recipe, load_recipe, to_table
+from alignzoo.engine import Engine, Record
+from alignzoo.errors import AlignzooError
+from alignzoo.loading import check_head, load_models
+from alignzoo.logprobs import Scorer
+from alignzoo.model import load_model, locate, save_model
+from alignzoo.place import Place, start_or_resume
+from alignzoo.progress import sayer
+from alignzoo.recipe import Recipe, load_recipe
 from alignzoo.report import Sample, figures_table, finish, samples_table, summary
-from alignzoo.rundir import RunDir, manifest, run_name
 from alignzoo.samples import answer
+from alignzoo.sharding import end_trackers, leave, make_accelerator, of_all_ranks, same_everywhere, zero_in_words
+from alignzoo.snapshot import full_state, restore, save_snapshot
+from alignzoo.stopping import Interrupted, Signals, Stopping
+from alignzoo.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -54,157 +61,85 @@ def run(
     plugins: Sequence[Path] = (),
     console: Console | None = None,
     command: Sequence[str] = (),
+    resume: Path | bool = False,
 ) -> Result:
     """Runs a recipe. Live objects take the place of what it names; `losses` are classes that need not be installed.
 
     model, tokenizer: a transformers causal language model, trained in place, and its tokenizer
     train, eval: lists of rows (dictionaries), or a datasets.Dataset
+    resume: go on with an interrupted run: its directory, a checkpoint in it, or True for the newest of this recipe
     Raises AlignzooError, with everything that can be checked without the weights checked before they are loaded.
     """
-    started, console = datetime.now().astimezone(), console or Console()
-    say = sayer(console)
+    started = datetime.now().astimezone()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    _refuse_many_processes()
+    accelerator = make_accelerator(recipe)
+    first = accelerator.is_main_process
+    console = (console or Console()) if first else Console(quiet=True)
+    say = sayer(console)
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
     given, watch = Live(model, tokenizer, train, eval), Watch(say, console)
-    job = make_job(recipe, say, live=given, plugin_files=plugins, losses=losses, watch=watch)
-    name = recipe.log.run_name or run_name(recipe.name, job.info.name, started)
-    run_dir = RunDir.create(Path(recipe.output.dir), name)
-    say(f"run directory: {run_dir.path}")
-    say(f"the first row as text: {rendered_row(job.data.train[0], job.tokenizer)}")
-    _write_start(job, run_dir, command, started)
-    policy, frozen = _load(job, say)
-    engine = _engine(job, policy, frozen, run_dir, console)
-    return _train_and_report(job, engine, run_dir, console)
+    with accelerator.local_main_process_first():  # the others find what it prepared in the cache
+        job = make_job(recipe, say, live=given, plugin_files=plugins, losses=losses, watch=watch)
+    place = start_or_resume(job, accelerator, resume, command, started, say)
+    with Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path / "stacks") as dog:
+        policy, frozen = load_models(job, accelerator, say)
+        engine = _engine(job, policy, frozen, accelerator, place, console)
+        engine.beat = dog.beat
+        result = Training(job, engine, place, console, dog).run()
+    accelerator.wait_for_everyone()
+    engine.holder.close()
+    return result
 
 
 def run_chain(
-    recipes: Sequence[Path], overrides: Sequence[str], plugins: Sequence[Path], command: Sequence[str]
+    recipes: Sequence[Path],
+    overrides: Sequence[str],
+    plugins: Sequence[Path],
+    command: Sequence[str],
+    resume: Path | bool = False,
 ) -> list[Result]:
     """`alignzoo run A B ...`: each recipe after the first starts from the model that the one before trained."""
-    console = Console()
-    results: list[Result] = []
     loaded = [
         load_recipe(path, overrides) for path in recipes
     ]  # a mistake in the last one is told before the first runs
+    if resume and len(recipes) > 1:
+        raise AlignzooError(
+            "--resume goes on with one run, and several recipes are given",
+            fix='resume the one that was interrupted, then run the others with model.path = "run:DIR"',
+        )
+    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
+    results: list[Result] = []
     for number, recipe in enumerate(loaded):
         if results:
             start = f"run:{results[-1].run_dir}"
             sayer(console)(f"\nrecipe {number + 1} of {len(loaded)}: {recipes[number]}, model.path = {start}")
             recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, path=start, revision=None))
-        results.append(run(recipe, plugins=plugins, console=console, command=command))
+        results.append(run(recipe, plugins=plugins, console=console, command=command, resume=resume))
+    leave()
     return results
 
 
-def _refuse_many_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AlignzooError(
-            f"{os.environ['WORLD_SIZE']} processes: this version trains in one",
-            fix="start it without a launcher: alignzoo run RECIPE",
-        )
-
-
-def _write_start(job: Job, run_dir: RunDir, command: Sequence[str], started: datetime) -> None:
-    """Recipe, manifest and plugin file, before the weights are loaded."""
-    run_dir.write_recipe(to_table(job.recipe, [job.settings]))
-    owner: Mapping[str, Any] = {
-        "loss": job.info.name,
-        "distribution": job.info.distribution,
-        "version": job.info.version,
-        "label": job.info.label,
-    }
-    if job.info.distribution == "file":
-        run_dir.copy_plugin(Path(job.info.origin))
-    run_dir.write_json(
-        "manifest.json",
-        manifest(
-            command=command,
-            seed=job.recipe.train.seed,
-            started=started,
-            plugins=[owner],
-            data={f"{s.role}: {s.path}": s.sha256 for s in job.data.report.sources},
-            weights={} if job.location is None else hash_weights(job.location),
-            recipe_folder=job.recipe.tables.folder,
-        ),
-    )
-
-
-def _load(job: Job, say: Say) -> tuple[Scorer, Scorer | None]:
-    """The policy, and the frozen reference where there is one."""
-    recipe = job.recipe
-    transformers.set_seed(recipe.train.seed)
-    model = job.live.model
-    if model is None:
-        say(f"loading {recipe.model.path} ({recipe.model.dtype})")
-        model = load_model(job.location, recipe.model, say)
-    changed = set_dropout(model, recipe.model.dropout)
-    if changed:
-        say(f"dropout: set to {recipe.model.dropout} in {changed} places of the model")
-    frozen = _load_frozen(job, model, say) if job.reference.kind == "frozen" else None
-    if recipe.model.lora is not None:
-        model = add_adapter(model, recipe.model.lora, recipe.model.quantization is not None)
-        trained, whole = model.get_nb_trainable_parameters()
-        say(f"adapter: {trained:,} of {whole:,} weights train")
-    if recipe.engine.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    scorer = Scorer(model, router_loss=recipe.model.router_loss > 0)
-    _check_model(job, scorer, say)
-    return scorer, frozen
-
-
-def _load_frozen(job: Job, start: Any, say: Say) -> Scorer:
-    """The reference model: loaded from reference.path, or copied from the start model before it trains."""
-    import copy
-
-    path = job.recipe.reference.path
-    if path is None:
-        return Scorer(copy.deepcopy(start))
-    say(f"loading the reference {path}")
-    where = locate(path, job.recipe.reference.revision)
-    reference = load_model(where, dataclasses.replace(job.recipe.model, lora=None), say)
-    ours, theirs = start.config.get_text_config().vocab_size, reference.config.get_text_config().vocab_size
-    if ours != theirs:
-        raise ModelError(
-            f"reference.path = {path} has a vocabulary of {theirs} tokens, the policy one of {ours}",
-            why="their log-probs cannot be compared",
-            fix="use a reference of the same family",
-        )
-    set_dropout(reference, 0.0)
-    return Scorer(reference)
-
-
-def _check_model(job: Job, scorer: Scorer, say: Say) -> None:
-    """The model fits the tokenizer, and its head is read rightly: one short forward pass."""
-    rows, highest = scorer.causal_lm.get_input_embeddings().weight.shape[0], job.data.highest_token
-    if highest >= rows:
-        raise ModelError(
-            f"the data holds token {highest}, and the model has {rows} embeddings", fix="use the model's own tokenizer"
-        )
-    mixture = is_mixture_of_experts(scorer.causal_lm)
-    if mixture and job.recipe.model.router_loss == 0:
-        say("router loss: off (model.router_loss = 0)")
-    if not mixture and job.recipe.model.router_loss > 0:
-        raise job.recipe.error(
-            ("model", "router_loss"), "model.router_loss: the model has no experts", fix="set it to 0"
-        )
-    check_scorer(scorer, padded_layout([job.data.shortest]))
-
-
-def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, console: Console) -> Engine:
+def _engine(
+    job: Job, policy: Scorer, frozen: Scorer | None, accelerator: Accelerator, place: Place, console: Console
+) -> Engine:
     recipe, say = job.recipe, sayer(console)
-    accelerator = make_accelerator(recipe, str(run_dir.path))
+    accelerator.project_configuration.set_directories(str(place.run_dir.path))
     if recipe.log.trackers:
         accelerator.init_trackers("alignzoo", config={"loss": job.info.name, "recipe": recipe.name})
+    for line in zero_in_words(recipe, accelerator):
+        say(line)
 
     def sink(line: Record) -> None:
-        run_dir.append_metrics(line)
+        if accelerator.is_main_process:
+            place.run_dir.append_metrics(line)
 
     engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=sink)
+    check_head(job, engine)
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     source = "engine.tokens_per_device" if recipe.engine.tokens_per_device else f"the default for {engine.device.type}"
-    say(f"engine: {engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
+    ranks = f"{engine.ranks} processes, ZeRO stage {recipe.engine.zero}, " if engine.ranks > 1 else ""
+    say(f"engine: {ranks}{engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
     large = job.data.rows_over(engine.budget)
     if large:
         say(f"{large} rows have more positions than that: each runs alone, in more memory")
@@ -213,37 +148,144 @@ def _engine(job: Job, policy: Scorer, frozen: Scorer | None, run_dir: RunDir, co
     return engine
 
 
-def _train_and_report(job: Job, engine: Engine, run_dir: RunDir, console: Console) -> Result:
-    recipe, say, began = job.recipe, sayer(console), time.monotonic()
-    asked, prompts = sample_prompts(job)
-    model = engine.bare.model
+class Training:
+    """The part of a run that has an engine: answers before and after, training with checkpoints, report.
 
-    end = choose_template(recipe.data, job.tokenizer).does.end
+    Its methods are called on all ranks; only the first one writes.
+    """
 
-    def answers(title: str) -> list[str]:
-        return answer(model, job.tokenizer, prompts, recipe.samples, recipe.train.seed, console, title, end)
+    def __init__(self, job: Job, engine: Engine, place: Place, console: Console, dog: Watchdog) -> None:
+        self.job, self.engine, self.place, self.console, self.dog = job, engine, place, console, dog
+        self.recipe, self.say, self.first = job.recipe, sayer(console), engine.rank == 0
+        self.run_dir, self.checkpoints = place.run_dir, place.run_dir.path / "checkpoints"
+        self.stopping = Stopping(self.recipe)
+        self.signals = Signals(self.say)
+        self.before: list[str] = []
 
-    before = answers("answering before training") if prompts else []
-    fit_began = time.monotonic()
-    engine.fit(job.data.train, job.data.eval, _checkpointer(job, engine, run_dir, say), job.pairs)
-    seconds = time.monotonic() - fit_began
-    after = answers("answering after training") if prompts else []
-    model_path = _save(job, model, run_dir.path / "model", say)
-    samples = [Sample(*row) for row in zip(asked, before, after, strict=True)]
-    records = run_dir.read_metrics()
-    figures = summary(
-        records, eval_rows=len(job.data.eval), eval_pairs=len(job.pairs), train_rows=len(job.data.train),
-        model_path=model_path, seconds=seconds, recipe=recipe.name, loss=job.info.name,
-    )  # fmt: skip
-    title = recipe.name if recipe.name == job.info.name else f"{recipe.name} ({job.info.name})"
-    plot = finish(run_dir, records, samples, figures, title=title)
-    engine.accelerator.end_training()
-    if samples:
-        console.print(samples_table(samples))
-    console.print(figures_table(figures))
-    say(f"model: {model_path}\nplot:  {plot}\nall in {run_dir.path}, {time.monotonic() - began:.0f} s after loading")
-    metrics = {k: v for r in records[-2:] for k, v in r.items() if isinstance(v, int | float)}
-    return Result(metrics, run_dir.path, model_path, figures)
+    def run(self) -> Result:
+        began, start = time.monotonic(), 0
+        asked, prompts = sample_prompts(self.job)
+        if self.place.reader is not None:
+            start = self._restore(self.place.reader)
+        elif prompts:
+            self.before = self._answers(prompts, "answering before training")
+        fit_began, data = time.monotonic(), self.job.data
+        with self.signals:
+            self.engine.fit(data.train, data.eval, self._on_step, self.job.pairs, start)
+        seconds = time.monotonic() - fit_began
+        after = self._answers(prompts, "answering after training") if prompts else []
+        model_path = self._save("model")
+        result = None
+        if self.first:
+            samples = [Sample(*row) for row in zip(asked, self.before, after, strict=True)]
+            result = self._report(samples, model_path, seconds, time.monotonic() - began)
+        end_trackers(self.engine.accelerator)
+        found: Result = same_everywhere(self.engine.accelerator, result)
+        return found
+
+    def _restore(self, reader: CheckpointReader) -> int:
+        self.say(f"going on after step {reader.step} of {self.job.steps}: {reader.folder}")
+        kept = restore(self.engine, reader, self.job.steps, self.say)
+        self.before = list(kept["answers_before"])
+        self.stopping = Stopping(self.recipe, kept["best"])
+        return reader.step
+
+    # --- between two steps
+
+    def _on_step(self, step: int, found: Record) -> bool:
+        """Keeps the best model, writes a checkpoint where one is due, and tells whether the run ends here."""
+        if self.stopping.look(found):
+            self._keep_best(step)
+        reason = self.stopping.reason(found)
+        if reason:
+            self.say(f"stopped after step {step}: {reason}")
+            return True
+        asked = max(of_all_ranks(self.engine.accelerator, self.signals.asked))
+        every = self.recipe.checkpoint.every_steps
+        due = bool(every) and step % (every or 1) == 0 and step < self.job.steps
+        if due or asked:
+            self._checkpoint(step)
+        if asked:
+            raise Interrupted(
+                asked,
+                f"stopped after step {step} of {self.job.steps} by {Signals.name(asked)}; {self.run_dir.path} has all",
+                fix=f"go on: alignzoo run {self.recipe.tables.file or 'RECIPE'} --resume {self.run_dir.path}",
+            )
+        return False
+
+    def _checkpoint(self, step: int) -> None:
+        self.dog.beat(f"writing the checkpoint of step {step}")
+        size = self.run_dir.sync_metrics() if self.first else 0
+        extra = {"metrics_bytes": size, "answers_before": self.before, "best": self.stopping.state}
+        folder = save_snapshot(self.engine, self.checkpoints, step, extra, self.dog.beat)
+        self.say(f"saved {folder}")
+        if self.first:
+            prune(self.checkpoints, self.recipe.checkpoint.keep, self.say, written=folder)
+
+    def _keep_best(self, step: int) -> None:
+        best = self.stopping.best
+        self.say(f"the best {self.recipe.eval.best_metric} so far: {best.value:.6g} at step {step}, kept in best/")
+        old = self.run_dir.path / "best"
+        self._save("best-new")
+        if self.first:
+            if old.is_dir():
+                shutil.rmtree(old)
+            (self.run_dir.path / "best-new").rename(old)
+
+    # --- answers, model, report
+
+    def _answers(self, prompts: Sequence[Sequence[int]], title: str) -> list[str]:
+        """The first rank answers; under ZeRO-3 all do, since none holds the weights alone."""
+        engine, sharded = self.engine, self.engine.holder.sharded
+        self.dog.beat(title)
+        if not (self.first or sharded):
+            return []
+
+        def generate(**options: Any) -> Any:
+            self.dog.beat()
+            synced = {"synced_gpus": True} if sharded and engine.ranks > 1 else {}
+            if not sharded:
+                return engine.bare.model.generate(**options)
+            return engine.inside(lambda model: model.generate(**options, **synced))
+
+        end = choose_template(self.recipe.data, self.job.tokenizer).does.end
+        settings, seed = self.recipe.samples, self.recipe.train.seed
+        return answer(
+            engine.bare.model, self.job.tokenizer, prompts, settings, seed, self.console, title, end, generate
+        )
+
+    def _save(self, name: str) -> Path:
+        """The model, or its adapter, as a folder of the run; output.merge gives the merged model."""
+        self.dog.beat(f"saving {name}")
+        folder, model = self.run_dir.path / name, self.engine.bare.model
+        state = full_state(self.engine, self.dog.beat)
+        if not self.first:
+            return folder
+        recipe, base, tokenizer = self.recipe, _base(self.job), self.job.tokenizer
+        if not recipe.output.merge or name != "model":
+            return save_model(model, tokenizer, folder, base=base, merge=False, state=state)
+        if state is None and not recipe.model.quantization:
+            return save_model(model, tokenizer, folder, base=base, merge=True)
+        self.say("merging the adapter into its base, loaded again whole and not quantised")
+        adapter = save_model(model, tokenizer, folder.with_name("adapter"), base=base, merge=False, state=state)
+        whole = dataclasses.replace(recipe.model, quantization=None, lora=None)
+        return save_model(load_model(locate(str(adapter)), whole, self.say), tokenizer, folder, base=base, merge=False)
+
+    def _report(self, samples: Sequence[Sample], model_path: Path, seconds: float, whole: float) -> Result:
+        job, run_dir = self.job, self.run_dir
+        records = run_dir.read_metrics()
+        figures = summary(
+            records, eval_rows=len(job.data.eval), eval_pairs=len(job.pairs), train_rows=len(job.data.train),
+            model_path=model_path, seconds=seconds, recipe=self.recipe.name, loss=job.info.name,
+        )  # fmt: skip
+        title = self.recipe.name if self.recipe.name == job.info.name else f"{self.recipe.name} ({job.info.name})"
+        plot = finish(run_dir, records, samples, figures, title=title)
+        if samples:
+            self.console.print(samples_table(samples))
+        self.console.print(figures_table(figures))
+        self.say(f"model: {model_path}\nplot:  {plot}\nall in {run_dir.path}, {whole:.0f} s after loading")
+        metrics = {k: v for r in records[-2:] for k, v in r.items() if isinstance(v, int | float)}
+        return Result(metrics, run_dir.path, model_path, figures)
 
 
 def sample_prompts(job: Job) -> tuple[list[str], list[list[int]]]:
@@ -259,17 +301,6 @@ def sample_prompts(job: Job) -> tuple[list[str], list[list[int]]]:
     return asked, ids
 
 
-def _save(job: Job, model: Any, folder: Path, say: Say) -> Path:
-    """The trained model, or its adapter; output.merge gives the merged model."""
-    recipe, base = job.recipe, _base(job)
-    if not (recipe.output.merge and recipe.model.quantization):
-        return save_model(model, job.tokenizer, folder, base=base, merge=recipe.output.merge)
-    say("merging the adapter into its base as it was before quantisation")
-    adapter = save_model(model, job.tokenizer, folder.with_name("adapter"), base=base, merge=False)
-    whole = dataclasses.replace(recipe.model, quantization=None, lora=None)
-    return save_model(load_model(locate(str(adapter)), whole, say), job.tokenizer, folder, base=base, merge=False)
-
-
 def _base(job: Job) -> str:
     """model.path as it can be read from any working directory."""
     path = job.recipe.model.path
@@ -278,23 +309,3 @@ def _base(job: Job) -> str:
     scheme, _, rest = path.rpartition(":")
     absolute = str(Path(rest).expanduser().resolve())
     return f"{scheme}:{absolute}" if scheme else absolute
-
-
-def _checkpointer(job: Job, engine: Engine, run_dir: RunDir, say: Say) -> Callable[[int], None]:
-    """Saves the model every checkpoint.every_steps steps and keeps the last few."""
-    every, keep = job.recipe.checkpoint.every_steps, job.recipe.checkpoint.keep
-    kept: list[Path] = []
-
-    def on_step(step: int) -> None:
-        if not every or step % every or step == job.steps:
-            return
-        folder = run_dir.path / "checkpoints" / f"step-{step}"
-        folder.parent.mkdir(exist_ok=True)
-        kept.append(save_model(engine.bare.model, job.tokenizer, folder, base=_base(job), merge=False))
-        say(f"saved {folder}")
-        while len(kept) > keep:
-            old = kept.pop(0)
-            shutil.rmtree(old)
-            say(f"removed {old} (checkpoint.keep = {keep})")
-
-    return on_step

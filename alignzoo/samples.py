@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from alignzoo.progress import StepProgress
 from alignzoo.recipe import Samples
@@ -22,9 +23,11 @@ def answer(
     console: Console,
     title: str,
     end: str = "",
+    generate: Callable[..., Tensor] | None = None,
 ) -> list[str]:
     """One answer for each prompt (token ids), greedy at temperature 0. The model is left in the mode that it was in.
 
+    generate: takes the place of model.generate where the weights are shared out over the ranks
     end: the special token that closes a turn in the chat template, beside the tokenizer's EOS.
     """
     was_training = model.training
@@ -38,21 +41,26 @@ def answer(
         ):
             torch.manual_seed(seed)
             for number, prompt in enumerate(prompts, start=1):
-                answers.append(_one(model, tokenizer, prompt, settings, stops))
+                answers.append(_one(generate or model.generate, device, tokenizer, prompt, settings, stops))
                 progress.advance(number)
     finally:
         model.train(was_training)
     return answers
 
 
-def _one(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Samples, stops: list[int] | None) -> str:
-    ids = torch.tensor(
-        [list(prompt)], device=next(model.parameters()).device
-    )  # one at a time: no padding, so no padding to get wrong
+def _one(
+    generate: Callable[..., Tensor],
+    device: torch.device,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    settings: Samples,
+    stops: list[int] | None,
+) -> str:
+    ids = torch.tensor([list(prompt)], device=device)  # one at a time: no padding, so no padding to get wrong
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature > 0 else {"do_sample": False}
     )
-    made = model.generate(
+    made = generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=settings.max_new_tokens,

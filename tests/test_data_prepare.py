@@ -200,6 +200,20 @@ def test_a_bad_row_that_only_the_tokenizer_finds() -> None:
     assert run(rows, tokenizer=tokenizer, on_bad_row="skip").report.sources[0].dropped == {"chosen-equals-rejected": 1}
 
 
+@pytest.mark.parametrize(("tag", "column"), [("<image>", "images"), ("<video>", "videos"), ("<audio>", "audio")])
+def test_a_text_about_an_image_is_a_bad_row_and_the_tag_alone_is_counted(tag: str, column: str) -> None:
+    seen = [pair(0), pair(1, prompt=f"{tag}What is this?", **{column: ["a.png"]})]
+    with pytest.raises(DataError, match=rf"train row 2: {tag} in the text, and the column \"{column}\": .*\[media\]"):
+        run(seen)
+    skipped = run(seen, on_bad_row="skip").report.sources[0]
+    assert (skipped.kept, skipped.dropped) == (1, {"media": 1})
+    unseen = [pair(0, prompt=f"What is {tag}?", **{column: []}), pair(1, prompt="a < b", **{column: ["b.png"]})]
+    report = run(unseen).report.sources[0]
+    assert report.kept == 2
+    assert f"warning: placeholders that nobody has filled in: {tag} in 1 rows" in report.said
+    assert report.unused == (column,)
+
+
 # --- kinds
 
 
@@ -226,6 +240,8 @@ def test_drops_and_cuts_are_counted() -> None:
     dropped = run(rows, max_length=60)
     assert dropped.report.sources[0].dropped == {"too-long": 2}
     assert [tree.row for tree in dropped.train] == [0, 1, 2]
+    assert any("2 of 5 examples are left out" in w and "max_length = 60" in w for w in dropped.report.warnings)
+    assert not run([*PAIRS[:20], rows[3]], max_length=60).report.warnings
     cut = run(rows, max_length=60, truncation="completion_right")
     assert cut.report.sources[0].cut == {"completion-right": 1}
     assert cut.report.sources[0].dropped == {"no-room-for-completion": 1}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
+import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_llama
+from rich.console import Console
 from test_data_tokenizers import CHATML, make_tokenizer
 
+import alignzoo
 from alignzoo.data.dataset import Prepared, prepare
 from alignzoo.data.show import rendered_row
 from alignzoo.errors import DataError
-from alignzoo.recipe import Data
+from alignzoo.recipe import Data, load_recipe
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -137,3 +143,59 @@ def test_real_files_with_the_real_tokenizer() -> None:
     assert (len(gsm8k.train), len(gsm8k.eval)) == (1187, 132)
     glaive = run(shared("llamafactory/glaive_toolcall_en_demo.json"), "demonstrations", smollm2(), train_on="last")
     assert all(tree.completions[0].mask is None for tree in glaive.train)
+
+
+# --- each file in a run
+
+RUNS = [
+    ("llamafactory/dpo_en_demo.json", "dpo"),
+    ("llamafactory/dpo_zh_demo.json", "dpo"),
+    ("llamafactory/dpo_en_demo.json", "ipo"),
+    ("llamafactory/dpo_zh_demo.json", "hinge"),
+    ("llamafactory/dpo_en_demo.json", "orpo"),
+    ("llamafactory/dpo_en_demo.json", "kto"),
+    ("llamafactory/dpo_zh_demo.json", "sft"),
+    ("llamafactory/kto_en_demo.json", "kto"),
+    ("llamafactory/kto_en_demo.json", "sft"),
+    ("llamafactory/alpaca_en_demo.json", "sft"),
+    ("llamafactory/identity.json", "sft"),
+    ("llamafactory/glaive_toolcall_en_demo.json", "sft"),
+    ("gsm8k/test.jsonl", "sft"),
+    ("gsm8k/train.jsonl", "sft"),
+]
+
+
+def test_no_file_is_left_out() -> None:
+    found = {str(path.relative_to(SHARED)) for path in SHARED.rglob("*.json*")}
+    assert found <= {name for name, _ in RUNS}
+
+
+@pytest.mark.parametrize(("name", "loss"), RUNS)
+def test_every_file_trains_two_steps(name: str, loss: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Two optimizer steps of a tiny random model: all rows are read, finite losses come out, the weights move."""
+    path = shared(name)
+    recipe = load_recipe(
+        {
+            "loss": {"name": loss},
+            "model": {"path": "given"},
+            "data": {"train": str(path), "max_length": 700, "truncation": "completion_right"},
+            "train": {"learning_rate": 1e-3, "batch_size": 4, "max_steps": 2, "warmup_ratio": 0.0},
+            "engine": {"device": "cpu"},
+            "output": {"dir": str(tmp_path)},
+        }
+    )
+    model = tiny_llama(vocabulary=len(tokenizer), max_position_embeddings=1024)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    screen = io.StringIO()
+    result = alignzoo.run(
+        recipe, model=model, tokenizer=copy.deepcopy(tokenizer), console=Console(file=screen, width=200)
+    )
+    records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2]
+    assert all(math.isfinite(record["loss"]) and record["loss"] > 0 for record in steps)
+    moved = [bool((a != b).any()) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(moved)
+    text = path.read_text()
+    rows = len(json.loads(text)) if path.suffix == ".json" else len(text.splitlines())
+    assert f"{path.name}: {rows} rows of format" in screen.getvalue()

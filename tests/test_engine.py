@@ -17,12 +17,14 @@ from conftest import make_trees, tiny_llama
 from rich.console import Console
 
 import alignzoo
-from alignzoo.engine import Engine, Whole, make_accelerator
+from alignzoo.engine import Engine
 from alignzoo.errors import PluginError, RunError
 from alignzoo.logprobs import Scorer
+from alignzoo.micro import Whole
 from alignzoo.model import add_adapter
 from alignzoo.recipe import LoRA, Recipe, load_recipe
 from alignzoo.reference import ReferencePlan
+from alignzoo.sharding import make_accelerator
 from alignzoo.tree import Completion, Tree
 
 
@@ -44,7 +46,7 @@ def make_engine(
     plan = ReferencePlan(kind if loss.needs_reference else "none", "")  # type: ignore[arg-type]
     frozen = Scorer(reference if reference is not None else copy.deepcopy(model)) if plan.kind == "frozen" else None
     engine = Engine(
-        recipe, loss, Scorer(model), plan, frozen, make_accelerator(recipe, "."),
+        recipe, loss, Scorer(model), plan, frozen, make_accelerator(recipe),
         console=Console(file=io.StringIO()), sink=records.append,
     )  # fmt: skip
     return engine, records
@@ -140,8 +142,8 @@ def test_a_wrong_normalisation_is_seen(name: str, monkeypatch: pytest.MonkeyPatc
     right, _ = update_of(LOSSES[name](), trees, engine__tokens_per_device=90)
     real = Engine._forward
 
-    def wrong(self: Engine, micro: Any, whole: Whole, *rest: Any) -> Any:
-        return real(self, micro, Whole(tuple(u * 3 for u in micro.units), whole.counted), *rest)
+    def wrong(self: Engine, round: Any, whole: Whole, *rest: Any) -> Any:
+        return real(self, round, Whole(tuple(u * 3 for u in round.mine.units), whole.counted), *rest)
 
     monkeypatch.setattr(Engine, "_forward", wrong)
     update, _ = update_of(LOSSES[name](), trees, engine__tokens_per_device=90)
@@ -223,10 +225,10 @@ def test_evaluation_is_over_all_rows_and_leaves_no_trace() -> None:
 def test_the_reference_of_held_out_rows_is_computed_once() -> None:
     calls = []
     engine, _ = make_engine(DPO(), tiny_llama(), make_recipe(train__batch_size=3, eval__every_steps=1))
-    inner = engine.reference
-    assert inner is not None
+    assert engine.step_reference is not None
+    inner: Any = engine.step_reference.inner
     score = inner.score
-    inner.score = lambda layout: calls.append(layout.keys) or score(layout)  # type: ignore[method-assign,func-returns-value]
+    inner.score = lambda layout: calls.append(layout.keys) or score(layout)
     trees = make_trees(6)
     engine.fit(trees, make_trees(4, seed=9))
     assert len(calls) == 2 + 2  # two held-out blocks once, two training steps
@@ -353,7 +355,7 @@ def test_the_router_loss_of_experts_is_added_and_logged() -> None:
         records: list[dict[str, float]] = []
         engine = Engine(
             recipe, SFT(), Scorer(model, router_loss=weight > 0), ReferencePlan("none", ""), None,
-            make_accelerator(recipe, "."), console=Console(file=io.StringIO()), sink=records.append,
+            make_accelerator(recipe), console=Console(file=io.StringIO()), sink=records.append,
         )  # fmt: skip
         engine.fit(make_trees(4, completions=1), [])
         return torch.cat([p.detach().flatten() for p in model.parameters()]) - start, records[-1]

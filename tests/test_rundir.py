@@ -247,7 +247,8 @@ def test_the_manifest_tells_nothing_of_the_machine_or_its_owner(monkeypatch):
     text = json.dumps(manifest(command=[], seed=0, started=datetime.now(UTC)))
     assert "hunter2" not in text and "my-secret-host" not in text and str(Path.cwd()) not in text
     assert set(json.loads(text)) == {
-        "command", "started", "seed", "alignzoo", "python", "platform", "versions", "plugins", "data", "weights", "git",
+        "command", "started", "seed", "alignzoo", "python", "platform", "versions", "plugins", "data", "weights",
+        "live", "git",
     }  # fmt: skip
 
 

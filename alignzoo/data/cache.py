@@ -1,21 +1,24 @@
 """The cache of prepared data on disk: one store for each source, found by the hash of all that it was made from.
 
-A store is written aside and renamed when it is complete, so an entry is there as a whole or not at all, and of two
-processes that make the same one, one keeps its own. `ALIGNZOO_CACHE` names another folder than ~/.cache/alignzoo, and
-`ALIGNZOO_CACHE_GB` how large the cache may grow.
+A store is written aside and renamed when it is complete, so an entry is there as a whole or not at all. Of several
+processes that want the same one, the ranks of a run among them, one makes it and the others wait for it; where no file
+can be locked, each makes it, and one keeps its own. `ALIGNZOO_CACHE` names another folder than ~/.cache/alignzoo, and
+`ALIGNZOO_CACHE_GB` how large the cache may grow (0: nothing is kept).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from functools import cache
 from importlib import metadata
@@ -33,14 +36,16 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the files; the code that makes their content is hashed
 _DEFAULT_GB = 20.0
-_ASIDE = ".new-"  # what a name begins with until the store is complete
+_ASIDE = ".new-"  # what the name of a folder begins with until it is a complete store, and while it is removed
+_LOCK = ".lock"  # of each key one byte is locked while its store is made
 _LEFT_BEHIND = 24 * 3600  # seconds without a change after which nobody writes to such a folder any more
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
 _CHOICES = ("train", "eval", "eval_fraction")  # of [data]: made among rows that are prepared
+_IN_WORDS = {"name": "", "source": ""}  # of a template: for messages, no row depends on them
 
 
 def cache_folder() -> Path:
-    """Where prepared data is kept."""
+    """Where prepared data is kept. Raises RuntimeError where "~" stands for no folder."""
     named = os.environ.get("ALIGNZOO_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "alignzoo"
     return Path(named or base).expanduser().absolute() / "data"
@@ -59,15 +64,23 @@ def _limit() -> float:
 
 
 class DataCache:
-    """Finds and makes stores. `say` gets a line where something is not as it should be, or was removed."""
+    """Finds and makes stores. `say` gets a line where something is not as it should be, was waited for or removed."""
 
     def __init__(self, say: Say) -> None:
-        self.folder, self._say, self._limit = cache_folder(), say, _limit()
+        self._say, self._limit = say, _limit()
         self._in_use: set[Path] = set()  # entries of this run are not removed
-        self._writable = True  # as far as is known
+        self._off = "" if self._limit else "ALIGNZOO_CACHE_GB = 0"  # why nothing is kept, as far as is known
+        self._said = False
+        try:
+            self.folder = cache_folder()
+        except RuntimeError as error:
+            self.folder, self._off = Path(), str(error)
+        self._readable = not self._off
 
     def find(self, key: str, name: str) -> Store | None:
         """The store of a key, every byte of it checked. A damaged one is said and removed."""
+        if not self._readable:
+            return None
         entry = self.folder / key
         try:
             entry.stat()
@@ -77,7 +90,7 @@ class DataCache:
             store = Store(entry, name, key=key)
         except (Damaged, OSError) as error:
             self._say(f"the prepared data in {entry} cannot be used, so it is made anew: {error}")
-            shutil.rmtree(entry, ignore_errors=True)
+            self._remove(entry)
             return None
         with contextlib.suppress(OSError):  # another's cache, or a read-only one
             os.utime(entry)  # when it was last used
@@ -87,31 +100,49 @@ class DataCache:
     def make(self, key: str | None, name: str, fill: Callable[[StoreWriter], Mapping[str, Any]]) -> Store:
         """A new store, kept under its key; without one, for as long as it is in use.
 
-        fill: writes the rows and returns the facts. What it raises comes out, and nothing is left behind.
+        fill: writes the rows and returns the facts. What it raises comes out, and nothing is left behind. It is not
+        called where the store is there in the meantime: made by another process, or for a source of the same content.
         """
-        folder = (self._aside() if key else None) or _temporary()
-        try:
-            writer = StoreWriter(folder)
-            try:
-                writer.finish(key or "", fill(writer))
-            finally:
-                writer.close()
-            store = Store(folder, name)
-            if key and folder.parent == self.folder:
-                self._keep(folder, key)
+        aside = self._aside() if key else None
+        if key is None or aside is None:
+            with _removed(_temporary()) as folder:
+                return _filled(folder, "", name, fill)
+        with _removed(aside), self._alone(key, name):
+            store = self.find(key, name)
+            if store is None:
+                store = _filled(aside, key, name, fill)
+                self._keep(aside, key)
+            else:
+                self._say(f"prepared data: {len(store)} rows of {name} from the cache {self.folder}")
             return store
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # an open store stays readable
 
     def _aside(self) -> Path | None:
+        """A new folder, with the rights that the user gives to folders; None where nothing can be kept."""
+        folder = self.folder / f"{_ASIDE}{secrets.token_hex(8)}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self.folder))
+            if not self._off:
+                folder.mkdir(parents=True)
+                return folder
         except OSError as error:
-            if self._writable:
-                self._say(f"prepared data is not kept: the cache {self.folder} cannot be written to ({error.strerror})")
-            self._writable = False
-            return None
+            self._off = f"the cache {self.folder} cannot be written to ({error.strerror})"
+        if not self._said:
+            self._say(f"prepared data is not kept: {self._off}")
+        self._said = True
+        return None
+
+    @contextlib.contextmanager
+    def _alone(self, key: str, name: str) -> Iterator[None]:
+        """Waits while another process makes the same store. What is forked in the meantime does not hold the lock."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # another user's file, or a file system without locks
+                file = stack.enter_context((self.folder / _LOCK).open("ab"))
+                place = int(key[:12], 16)
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                except (BlockingIOError, PermissionError):
+                    self._say(f"another process prepares {name}: waiting for it")
+                    fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
+            yield
 
     def _keep(self, folder: Path, key: str) -> None:
         entry = self.folder / key
@@ -119,6 +150,12 @@ class DataCache:
             folder.rename(entry)
         self._in_use.add(entry)
         self._prune()
+
+    def _remove(self, entry: Path) -> None:
+        """Under another name first: no process finds a part of it."""
+        aside = self.folder / f"{_ASIDE}{secrets.token_hex(8)}"
+        with contextlib.suppress(OSError), _removed(aside):  # another's cache, or removed by another process
+            entry.rename(aside)
 
     def _prune(self) -> None:
         """Removes what was left behind, and the entries that were not used for the longest time beyond the limit."""
@@ -131,12 +168,29 @@ class DataCache:
                 elif path.is_dir():
                     kept.append((path.stat().st_mtime, path, sum(p.stat().st_size for p in path.iterdir())))
         excess = sum(size for _, _, size in kept) - self._limit
-        removed = 0
         for _, path, size in sorted(kept):
-            if excess - removed > 0 and path not in self._in_use:
-                shutil.rmtree(path, ignore_errors=True)
+            if excess > 0 and path not in self._in_use:
+                self._remove(path)
                 self._say(f"removed prepared data that was not used for the longest time: {path} ({size / 1e9:.3g} GB)")
-                removed += size
+                excess -= size
+
+
+def _filled(folder: Path, key: str, name: str, fill: Callable[[StoreWriter], Mapping[str, Any]]) -> Store:
+    writer = StoreWriter(folder)
+    try:
+        writer.finish(key, fill(writer))
+    finally:
+        writer.close()
+    return Store(folder, name)
+
+
+@contextlib.contextmanager
+def _removed(folder: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards, unless it has got another name. An open store stays readable."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _temporary() -> Path:
@@ -156,7 +210,7 @@ def _temporary() -> Path:
 def settings_key(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase, template: Template) -> str | None:
     """The hash of all that the rows of any source depend on; None for a tokenizer that cannot be told from others.
 
-    Weights, held-out rows and seeds are no part of it: they choose among rows that are prepared.
+    Weights, held-out rows and seeds are no part of it: they choose among rows that are prepared. Nor are paths.
     """
     words = _tokenizer_digest(tokenizer)
     if words is None:
@@ -166,10 +220,10 @@ def settings_key(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase, temp
             "format": FORMAT,
             "code": _code_digest(),
             "libraries": _versions(),
-            "data": {k: v for k, v in dataclasses.asdict(data).items() if k not in _CHOICES},
+            "data": {k: v for k, v in dataclasses.asdict(data).items() if k not in (*_CHOICES, "chat_template")},
             "kind": kind,
             "tokenizer": words,
-            "template": dataclasses.asdict(dataclasses.replace(template, ends=tuple(sorted(template.ends)))),
+            "template": {**dataclasses.asdict(template), **_IN_WORDS, "ends": sorted(template.ends)},
             "own_template": tokenizer.chat_template if template.text is None else "",
             "day": date.today().isoformat() if template.does.dated else "",
         }
@@ -187,9 +241,12 @@ def _hash(parts: Mapping[str, Any]) -> str:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Vocabulary, normalisation, splitting and special tokens; None where they are not of the library `tokenizers`."""
+    """Vocabulary, normalisation, splitting and special tokens.
+
+    None where they are not of the library `tokenizers`, or the class is not of transformers: it may do anything.
+    """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if not hasattr(backend, "to_str"):
+    if not hasattr(backend, "to_str") or not type(tokenizer).__module__.startswith("transformers."):
         return None
     more = {
         "class": type(tokenizer).__qualname__,

@@ -28,10 +28,14 @@ from alignzoo.data.tokenise import Encoder, Limits
 from alignzoo.data.watch import Watch
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data, Source
-from alignzoo.tree import Tree
+from alignzoo.tree import Mask, Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_MANY = 0.1  # part of the examples whose loss is worth a warning
+_LENGTHS = ("too-long", "prompt-too-long", "completion-too-long", "no-room-for-prompt", "no-room-for-completion")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def prepare(
 
 
 def held_out(
+    prepared: Prepared,
     data: Data,
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -114,15 +119,16 @@ def held_out(
     say: Callable[[str], None],
     watch: Watch | None = None,
 ) -> Trees:
-    """The held-out rows of `prepare` as another kind of data. Training rows are read only where those are among them.
+    """The held-out prompts of `prepared`, from the same sources, with their rows as another kind of data, each once.
 
     say: gets no report, but what the cache has to tell. Raises DataError as `prepare` does.
     """
     pipeline = _pipeline(data, kind, tokenizer)
     found = _open(data, train, eval)
     chosen = [one for one in found if one.role == "eval"] or found
-    _, side, _ = _sides(data, _load(pipeline, chosen, say, watch or Watch(say)))
-    return side.view(None, data.max_length)
+    side = _Side.of(_load(pipeline, chosen, say, watch or Watch(say)))
+    there = np.isin(side.column("prompt_key"), prepared.eval.column("prompt_key"))
+    return side.once(there).view(None, data.max_length)
 
 
 def _pipeline(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
@@ -224,10 +230,11 @@ def _load(pipeline: Pipeline, found: Sequence[_Found], say: Callable[[str], None
         except StoppedByBadRows as stopped:
             tallies.append(stopped.tally)
             continue
+        finally:
+            watch.close()
         assert store is not None
         loaded.append(_loaded(one, store))
         tallies.append(loaded[-1].facts.tally)
-    watch.close()
     if any(tally.bad for tally in tallies) and pipeline.data.on_bad_row == "fail":
         raise bad_rows_error(tallies)
     return loaded
@@ -241,7 +248,7 @@ def _job(pipeline: Pipeline, found: _Found, watch: Watch) -> Callable[[StoreWrit
 
 
 def _loaded(found: _Found, store: Store) -> _Loaded:
-    counts = times(store.column("weight_key"), found.source.weight)
+    counts = times(store.column("weight_key"), found.source.weight, found.opened.name)
     return _Loaded(found.role, found.opened, store, Facts.from_table(store.facts, found.opened.name), counts)
 
 
@@ -277,6 +284,11 @@ class _Side:
         rows = np.flatnonzero(counts)
         return cls([one.store for one in loaded], rows, counts[rows])
 
+    def once(self, chosen: Mask) -> _Side:
+        """Some of the rows, each of them once."""
+        rows = self.rows[chosen]
+        return _Side(self.stores, rows, np.ones_like(rows))
+
     def column(self, name: str) -> Any:
         """A column of these rows, (rows,)."""
         return joined(self.stores, name)[self.rows]
@@ -300,9 +312,8 @@ def _sides(data: Data, loaded: Sequence[_Loaded]) -> tuple[_Side, _Side, str]:
     if not data.eval_fraction:
         return train, sides["eval"], "neither data.eval nor data.eval_fraction is given"
     held = hold_out(train.column("prompt_key"), train.column("held_key"), data.eval_fraction)
-    stay, go = (_Side(train.stores, train.rows[side], train.times[side]) for side in (~held, held))
-    once = _Side(go.stores, go.rows, np.ones_like(go.times))  # held-out rows count once, whatever their weight
-    return stay, once, f"by prompt, data.eval_fraction = {data.eval_fraction:g}"
+    stay = _Side(train.stores, train.rows[~held], train.times[~held])
+    return stay, train.once(held), f"by prompt, data.eval_fraction = {data.eval_fraction:g}"
 
 
 def _nothing_kept(role: str, loaded: Sequence[_Loaded]) -> DataError:
@@ -356,10 +367,20 @@ def _warnings(pipeline: Pipeline, loaded: Sequence[_Loaded]) -> Iterator[str]:
             f"{notes['open-end']} of {n} rendered conversations do not end with an end-of-turn token: the model does "
             "not learn to stop"
         )
+    long, examples = _too_long(loaded), sum(one.facts.tally.examples for one in loaded)
+    if long > _MANY * examples:
+        yield (
+            f"{long} of {examples} examples are left out since they are too long: a higher data.max_length = "
+            f"{pipeline.data.max_length} (or the limit that is named above) keeps them, data.truncation cuts them"
+        )
     if not template.chat and pipeline.encoder.eos is None:
         yield "the tokenizer has no EOS token: the model does not learn to stop"
     if not template.chat and pipeline.data.system is not None:
         yield "data.system is not used: raw text has no turns"
+
+
+def _too_long(loaded: Sequence[_Loaded]) -> int:
+    return sum(one.facts.tally.dropped[reason] for one in loaded for reason in _LENGTHS)
 
 
 def _shared_prompts(train: _Side, held: _Side) -> Iterator[str]:

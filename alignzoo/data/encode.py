@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignzoo.data.rows import BadRow, Dropped, Example, Turns
-from alignzoo.data.selection import held_key, ids_key, prompt_key, ring_key, short, weight_key
+from alignzoo.data.selection import held_key, ids_key, prompt_key, ring_key, short
 from alignzoo.data.store import COLUMNS, Packed, packed_mask
 from alignzoo.data.template import Template, Texts, render
 from alignzoo.data.tokenise import Encoder, Limits, Pieces, fit
@@ -119,8 +120,8 @@ class _Packer:
                 "highest": max((int(part.max()) for part in ids if len(part)), default=-1),
                 "prompt_key": short(prompt),
                 "ids_key": ids_key(pieces.prompt),
-                "held_key": held_key(prompt),
-                "weight_key": weight_key(example),
+                "held_key": held_key(example),
+                "weight_key": example.weight_key,
                 "ring_key": ring_key(prompt, ids),
             }
         )
@@ -218,7 +219,17 @@ _adopted: tuple[Pipeline, str] | None = None  # in a forked process only
 def _adopt(pipeline: Pipeline, name: str) -> None:
     global _adopted
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by this, whatever it does at that signal itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _adopted = pipeline, name
+
+
+def _end_with_parent() -> None:
+    """Ends this process where its parent was killed: nobody else would."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_here(examples: list[Example]) -> Encoded:

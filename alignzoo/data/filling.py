@@ -84,6 +84,7 @@ def fill(
                 break
     deque(reading.examples, maxlen=0)  # a run that stops anyway counts the rest of what is bad
     tally = _merged(reading.tally, found, name)
+    tally.unseen = tally.examples - found.kept - found.bad.total() - found.dropped.total()
     if stops and tally.bad:
         raise StoppedByBadRows(tally)
     if opened.stamp() != stamp:

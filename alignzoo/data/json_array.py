@@ -12,6 +12,7 @@ from alignzoo.errors import DataError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _PIECE = 1 << 20  # bytes
+_TAIL = 3  # a number that is cut may seem to end before "." or "e-"
 _CUT = 16  # no number, literal or escape that the end of a piece cuts is longer, but for the strings and long numbers
 
 
@@ -62,8 +63,9 @@ class JsonArray:
                     continue
                 raise self._broken(error.msg, error.pos) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{self._name}: JSON that cannot be read", why=str(error)) from error
-            if end == len(self._text) and self._more():  # a number may go on
+                line = self._line(self._at)
+                raise DataError(f"{self._name}:{line}: JSON that cannot be read", why=str(error)) from error
+            if end > len(self._text) - _TAIL and self._more():  # a number may go on
                 continue
             self._at = end
             return value
@@ -88,7 +90,10 @@ class JsonArray:
         return True
 
     def _broken(self, message: str, at: int) -> DataError:
-        line = self._lines + self._text.count("\n", 0, at) + 1
         return DataError(
-            f"{self._name}:{line}: broken JSON: {message}", why="the file begins with [ and is read as one array"
+            f"{self._name}:{self._line(at)}: broken JSON: {message}",
+            why="the file begins with [ and is read as one array",
         )
+
+    def _line(self, at: int) -> int:
+        return self._lines + self._text.count("\n", 0, at) + 1

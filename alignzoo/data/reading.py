@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import Any
 
 from alignzoo.data.columns import check_keep, check_mapping, numbers, rename
 from alignzoo.data.formats import Format, Match, detect
 from alignzoo.data.kinds import choose_turns, converter
 from alignzoo.data.rows import BadRow, Dropped, Example, Row, Tally, Turns, bad_rows_error
+from alignzoo.data.selection import weight_key
 from alignzoo.data.sources import Opened
 from alignzoo.data.values import is_unicode
 from alignzoo.errors import DataError
@@ -18,7 +20,10 @@ from alignzoo.recipe import Data, Source
 
 _PEEK = 32  # readable rows whose columns decide the format
 _PEEK_MOST = 10_000  # rows that are tried for that
-_PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_]\w* ?\}\}")
+_PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_]\w* ?\}\}|<(?:image|video|audio)>")
+_MEDIA = {  # what LLaMA-Factory writes in a text: the columns that hold what is meant
+    "<image>": ("images", "image"), "<video>": ("videos", "video"), "<audio>": ("audios", "audio"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,15 @@ class _Reader:
         renamed = rename(row.values, self.mapping) if self.mapping else row.values
         values = self.match.named(renamed)
         example = self.match.format.convert(values)
+        drawn = weight_key(example)
         if example.kind == "demonstrations":
             example = choose_turns(example, self.train_on)
         derived = self.match.format.derived
         extra = numbers(derived(values) if derived and self.keep else values, self.keep)
-        notes = (*example.notes, *_placeholders(example))
-        return self.change(replace(example, extra=extra, where=row.where, notes=notes))
+        placeholders = _placeholders(example)
+        _refuse_media(placeholders, values)
+        notes = (*example.notes, *(f"placeholder: {name}" for name in placeholders))
+        return self.change(replace(example, extra=extra, where=row.where, notes=notes, weight_key=drawn))
 
 
 def read(opened: Opened, source: Source, data: Data, kind: str | None = None) -> Reading:
@@ -102,13 +110,21 @@ def _remarks(match: Match) -> tuple[str, ...]:
 
 
 def _placeholders(example: Example) -> list[str]:
-    """Notes on {{name}} and the like, which somebody was to fill in."""
+    """{{name}}, <image> and the like, in whose place something else was to stand."""
     found: dict[str, None] = {}
     for part in (example.prompt, *example.completions):
         for text in _texts(part):
-            if "{{" in text:
+            if "{{" in text or "<" in text:
                 found.update(dict.fromkeys(_PLACEHOLDER.findall(text)))
-    return [f"placeholder: {name}" for name in found]
+    return list(found)
+
+
+def _refuse_media(placeholders: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Raises BadRow where the answer is about an image that the model would not see."""
+    for name in placeholders:
+        for column in _MEDIA.get(name, ()):
+            if values.get(column):
+                raise BadRow("media", f'{name} in the text, and the column "{column}": only text is read')
 
 
 def _texts(turns: Turns) -> list[str]:

@@ -31,6 +31,7 @@ REASONS = {  # reason: in words. Bad rows, then what does not fit, then what is 
     "no-assistant-turn": "the conversation does not end with an assistant turn",
     "not-assistant": "the completion holds a turn that is not the assistant's",
     "bad-transcript": "the text is no transcript of Human: and Assistant: turns",
+    "media": "the text stands beside images, video or audio, and only text is read",
     "bad-tools": "the definitions of tools cannot be read",
     "bad-tool-call": "a function call cannot be read",
     "empty-completion": "a completion is empty",
@@ -115,6 +116,7 @@ class Example:
     raw: bool = False  # text to continue, never put through a chat template
     columns: Mapping[str, Any] = field(default_factory=dict)  # prompts: the other columns of the row
     notes: tuple[str, ...] = ()  # keys of NOTES, with ": detail" where there is one
+    weight_key: int = 0  # of its row: what decides whether a fractional weight takes it
 
 
 @dataclass
@@ -124,6 +126,7 @@ class Tally:
     read: int = 0
     examples: int = 0  # after conversion to the kind that the loss wants
     kept: int = 0  # examples that became token trees
+    unseen: int = 0  # examples that were not tokenised, since bad rows stop the run anyway
     counted: int = 0  # the same under the source's weight
     bad: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -157,8 +160,9 @@ def bad_rows_error(tallies: list[Tally]) -> DataError:
     """The error of on_bad_row = "fail": the first bad rows and how many there are of each kind."""
     counts: Counter[str] = sum((t.bad for t in tallies), Counter())
     shown = [line for t in tallies for line in t.shown][:SHOWN]
-    total, read = counts.total(), sum(t.read for t in tallies)
+    total, read, unseen = counts.total(), sum(t.read for t in tallies), sum(t.unseen for t in tallies)
     more = [f"... and {total - len(shown)} more"] if total > len(shown) else []
+    more += [f"({unseen} examples were not tokenised after that: there may be more)"] if unseen else []
     return DataError(
         "\n    ".join([f"{total} of {read} rows cannot be used:", *shown, *more]),
         why="; ".join(f"{n} x {reason}: {REASONS[reason]}" for reason, n in counts.most_common()),

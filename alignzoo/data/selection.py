@@ -15,8 +15,11 @@ import numpy as np
 
 from alignzoo.data.rows import Example, content_hash
 from alignzoo.data.store import Keys, Numbers
+from alignzoo.data.values import as_messages
 from alignzoo.errors import DataError
 from alignzoo.tree import Ids, Mask
+
+MOST_ROWS = 1_000_000_000  # of a source under its weight: 8 GB of row numbers
 
 # --- hashes of one row. 64 bits: among a million prompts, two have the same one in 1 of 37 million data sets
 
@@ -31,9 +34,10 @@ def prompt_key(prompt: str) -> bytes:
     return content_hash(prompt)
 
 
-def held_key(prompt: bytes) -> int:
-    """The place of a prompt in the order in which prompts are held out. prompt: its prompt_key."""
-    return short(content_hash(prompt.hex(), salt="eval"))
+def held_key(example: Example) -> int:
+    """The place of a prompt in the order in which prompts are held out: of what is asked, whatever the template."""
+    asked = as_messages(example.prompt, "user") if example.prompt else example.completions
+    return short(content_hash(asked, salt="eval"))
 
 
 def ids_key(ids: Ids) -> int:
@@ -42,7 +46,7 @@ def ids_key(ids: Ids) -> int:
 
 
 def weight_key(example: Example) -> int:
-    """What decides whether a fractional weight takes an example."""
+    """What decides whether a fractional weight takes a row. example: of the kind that the source holds."""
     return short(content_hash(example.prompt, example.completions, example.label, salt="weight"))
 
 
@@ -57,8 +61,17 @@ def ring_key(prompt: bytes, ids: Sequence[Ids]) -> int:
 # --- choices among all rows, from their hashes
 
 
-def times(weight_keys: Keys, weight: float) -> Numbers:
-    """How often each row counts under a weight: its whole part, and once more for the fraction that the hash picks."""
+def times(weight_keys: Keys, weight: float, name: str) -> Numbers:
+    """How often each row counts under a weight: its whole part, and once more for the fraction that the hash picks.
+
+    name: of the source. Raises DataError where that is more than MOST_ROWS.
+    """
+    if not weight * len(weight_keys) <= MOST_ROWS:
+        raise DataError(
+            f"{name}: weight = {weight:g}: {len(weight_keys)} rows cannot count so often",
+            why=f"at most {MOST_ROWS:,} rows",
+            fix="give a lower weight, and train.epochs for more passes over all rows",
+        )
     whole = math.floor(weight)
     below = np.uint64(math.ceil((weight - whole) * 2**64))
     return np.asarray(whole + (weight_keys < below), np.int64)
@@ -67,16 +80,19 @@ def times(weight_keys: Keys, weight: float) -> Numbers:
 def hold_out(prompt_keys: Keys, held_keys: Keys, fraction: float) -> Mask:
     """Which rows are held out, by prompt: all rows of a prompt are on one side. Each side has at least one row.
 
+    A prompt has the lowest of the held_keys of its rows, since a template may write two prompts in the same way.
     Raises DataError where there is but one prompt.
     """
-    _, first, prompt_of, sizes = np.unique(prompt_keys, return_index=True, return_inverse=True, return_counts=True)
+    keys, prompt_of, sizes = np.unique(prompt_keys, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
             "data.eval_fraction: no rows can be held out, since all of them have the same prompt",
             fix="name held-out rows in data.eval, or set data.eval_fraction = 0",
         )
     target = max(1, round(fraction * len(prompt_keys)))
-    order = np.lexsort((prompt_keys[first], held_keys[first])).tolist()
+    places = np.full(len(keys), np.iinfo(np.uint64).max)
+    np.minimum.at(places, prompt_of, held_keys)
+    order = np.lexsort((keys, places)).tolist()
     held = _filled(order, sizes.tolist(), target) or [min(order, key=sizes.__getitem__)]
     side = np.zeros(len(sizes), np.bool_)
     side[held] = True

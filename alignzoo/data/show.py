@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from alignzoo.data.kinds import CONVERSIONS
 from alignzoo.data.reading import Reading, read
 from alignzoo.data.rows import REASONS, Example, Turns, describe, note_lines
 from alignzoo.data.sources import open_source
@@ -123,7 +124,9 @@ def _summary(reading: Reading, labels: Counter[bool | None]) -> Table:
     table.add_row(Text("source", style="bold"), Text(reading.name))
     if known is not None:
         table.add_row(Text("format", style="bold"), Text(f"{known.name}: {known.description}"))
-        table.add_row(Text("kind", style="bold"), Text(known.kind))
+        others = [to for of, to in CONVERSIONS if of == known.kind]
+        also = f" (made into {' or '.join(others)} where a loss wants that)" if others else ""
+        table.add_row(Text("kind", style="bold"), Text(known.kind + also))
     table.add_row(Text("columns", style="bold"), Text(", ".join(reading.columns)))
     for line in reading.remarks:
         table.add_row("", Text(line))

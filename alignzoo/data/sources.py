@@ -161,7 +161,11 @@ def _guarded(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     try:
         yield from rows
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: cannot be read", why=str(error)) from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    return DataError(f"{name}: cannot be read", why=str(error))
 
 
 def _missing(path: Path) -> DataError:
@@ -177,12 +181,18 @@ def _missing(path: Path) -> DataError:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(display(path), error) from error
 
 
 def _file_stamp(path: Path) -> object:
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError:  # removed, or its folder
+        return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
