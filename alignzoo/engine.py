@@ -21,7 +21,7 @@ from alignzoo.batch import StepRows, blocks_of, count_steps, padded_layout, plan
 from alignzoo.errors import PluginError, RunError
 from alignzoo.logprobs import Scorer, is_mixture_of_experts
 from alignzoo.metrics import Accumulator, memory_gib, record, record_preference
-from alignzoo.micro import BadRows, MicroBatch, Round, Tally, Whole, rounds_of
+from alignzoo.micro import BadRows, MicroBatch, Round, Tally, Whole, memory_in_words, rounds_of
 from alignzoo.objective import Objective, Prepared, Scored, State, count_units, make_step, masked_sum, pairs_of
 from alignzoo.optim import make_optimizer, make_schedule
 from alignzoo.progress import StepProgress, brief
@@ -62,6 +62,7 @@ class Engine:
         sparse = is_mixture_of_experts(policy.causal_lm)
         self.holder = hold(recipe, accelerator, policy, make_optimizer(recipe, policy), sparse=sparse)
         self.policy = self.holder.policy
+        self.frozen: Scorer | None = None
         make = self._reference_maker(reference, frozen)
         self.held_out_reference, self.pair_reference, self.step_reference = make(), make(), make()
         self.state: State = loss.init_state()
@@ -78,6 +79,7 @@ class Engine:
         else:
             assert frozen is not None
             scorer = frozen.to(self.device).eval().requires_grad_(False)
+            self.frozen = scorer
             reference = FrozenReference(hold_frozen(self.recipe, self.accelerator, scorer))
         return lambda: Remembering(reference, self.rank, self.ranks)
 
@@ -118,6 +120,7 @@ class Engine:
             for rows in itertools.islice(steps, start, None):
                 epoch = rows.step / per_epoch
                 self._step(rows, [train[r] for r in rows.rows])
+                self._sync_reference(rows.step)
                 line, found = None, Record()
                 if rows.step % self.recipe.log.every_steps == 0 or rows.step == total:
                     line = self._log_training(rows.step, epoch)
@@ -127,6 +130,17 @@ class Engine:
                     self.bare.train()
                 if on_step(rows.step, found):
                     break
+
+    def _sync_reference(self, step: int) -> None:
+        """TR-DPO, equation 3 of arXiv:2404.09656: reference <- alpha policy + (1 - alpha) reference."""
+        settings = self.recipe.reference
+        if settings.sync_every_steps is None or step % settings.sync_every_steps or self.frozen is None:
+            return
+        for kept, trained in zip(self.frozen.parameters(), self.bare.parameters(), strict=True):
+            self.holder.blend(kept, trained, settings.sync_alpha)
+        for memory in (self.held_out_reference, self.pair_reference):
+            if memory is not None:
+                memory.forget()
 
     def make_schedule(self, total: int) -> None:
         """The schedule of the learning rate over all steps of the run."""
@@ -152,7 +166,7 @@ class Engine:
         for i, round in enumerate(rounds):
             self.beat(f"step {rows.step}, micro-batch {i + 1} of {len(rounds)}")
             last = i == len(rounds) - 1
-            with self.holder.accumulate(last):
+            with self.holder.accumulate(last), memory_in_words(f"step {rows.step}", round, self.budget):
                 loss, router = self._forward(round, whole, tally.metrics, bad)
                 if last:  # one flag for all micro-batches and ranks, so that no rank stops alone
                     self._stop_if(bad, f"step {rows.step}", rows.step - 1)

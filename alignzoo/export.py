@@ -20,7 +20,17 @@ from alignzoo.checkpoint import CheckpointReader, checkpoints_in, latest_checkpo
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import ensure_pad_token
 from alignzoo.errors import AlignzooError, ModelError
-from alignzoo.model import DTYPES, Location, add_adapter, hash_weights, load_model, load_tokenizer, locate, save_model
+from alignzoo.model import (
+    DTYPES,
+    Location,
+    add_adapter,
+    from_anywhere,
+    hash_weights,
+    load_model,
+    load_tokenizer,
+    locate,
+    save_model,
+)  # fmt: skip
 from alignzoo.progress import Say
 from alignzoo.recipe import Model, Recipe, load_recipe
 from alignzoo.rundir import RunDir
@@ -108,7 +118,7 @@ def _from_checkpoint(reader: CheckpointReader, wanted: _Wanted, say: Say) -> Pat
     tokenizer = load_tokenizer(where, trust_remote_code=recipe.model.trust_remote_code)
     ensure_pad_token(tokenizer)
     tokenizer.chat_template = choose_template(recipe.data, tokenizer).text or tokenizer.chat_template
-    return _save(model, tokenizer, wanted, base=_from_anywhere(recipe.model.path, where))
+    return _save(model, tokenizer, wanted, base=from_anywhere(recipe.model.path, where))
 
 
 def _plain(settings: Model, dtype: Any) -> Model:
@@ -152,15 +162,6 @@ def _fill(model: Any, reader: CheckpointReader) -> None:
     with torch.no_grad():
         for name, tensor in reader.tensors("weights"):
             trained[name].copy_(tensor)
-
-
-def _from_anywhere(path: str, where: Location) -> str:
-    """model.path as it can be read from any working directory."""
-    if path.startswith("package:") or where.is_hub:
-        return path
-    scheme, _, rest = path.rpartition(":")
-    absolute = str(Path(rest).expanduser().resolve())
-    return f"{scheme}:{absolute}" if scheme else absolute
 
 
 # --- from a saved model ----------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ rank that has no rows left keeps the others company with a tiny tree, times 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from alignzoo.api import LossOutput
 from alignzoo.batch import Layout, padded_layout
+from alignzoo.errors import RunError
 from alignzoo.logprobs import head_pieces
 from alignzoo.metrics import Accumulator, Table
 from alignzoo.objective import masked_sum
@@ -80,6 +82,25 @@ def rounds_of(ranks: Sequence[Sequence[MicroBatch]], rank: int) -> list[Round]:
 def tiny_tree(tree: Tree) -> Tree:
     """Two tokens of a tree: what is forwarded for company."""
     return Tree(-1, tree.prompt[:1], (Completion(tree.completions[0].ids[:1]),), where="company")
+
+
+@contextmanager
+def memory_in_words(when: str, round: Round, budget: int) -> Iterator[None]:
+    """Turns the end of the memory into a RunError that says what was forwarded, and which settings help."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        layout, tokens = round.layout, round.mine.trees if round.mine else [round.tiny]
+        longest = max(t.tokens for t in tokens)
+        raise RunError(
+            f"{when}: no memory left for a micro-batch of {layout.positions} positions "
+            f"({layout.input_ids.shape[0]} sequences, the longest row has {longest} tokens)",
+            why=str(error).splitlines()[0],
+            fix=f"lower engine.tokens_per_device (now {budget}); engine.gradient_checkpointing = true; [model.lora]; "
+            "lower data.max_length if single rows are the problem; engine.zero and its offload on several GPUs",
+        ) from error
 
 
 @dataclass

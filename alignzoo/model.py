@@ -70,6 +70,15 @@ def locate(path: str, revision: str | None = None) -> Location:
     return Location(path, revision=revision)
 
 
+def from_anywhere(path: str, where: Location | None) -> str:
+    """A model.path, and what `locate` made of it, as it can be read from any working directory."""
+    if where is None or path.startswith("package:") or where.is_hub:
+        return path
+    scheme, _, rest = path.rpartition(":")
+    absolute = str(Path(rest).expanduser().resolve())
+    return f"{scheme}:{absolute}" if scheme else absolute
+
+
 def _folder(folder: Path) -> Location:
     if not (folder / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():

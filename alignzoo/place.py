@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +14,7 @@ from alignzoo.check import Job
 from alignzoo.checkpoint import CheckpointReader, latest_checkpoint, open_checkpoint, remove_after, remove_left_overs
 from alignzoo.data.show import rendered_row
 from alignzoo.errors import AlignzooError
-from alignzoo.model import hash_weights
+from alignzoo.model import from_anywhere, hash_weights
 from alignzoo.progress import Say
 from alignzoo.recipe import to_table
 from alignzoo.resume import check_inputs, find_run, make_ready, note_resume, recipe_changes, table_of
@@ -32,24 +34,34 @@ class Place:
 
 
 def start_or_resume(
-    job: Job, accelerator: Accelerator, resume: Path | bool, command: Sequence[str], started: datetime, say: Say
+    job: Job,
+    accelerator: Accelerator,
+    resume: Path | bool,
+    command: Sequence[str],
+    started: datetime,
+    say: Say,
+    held: ExitStack,
 ) -> Place:
-    """The first rank makes the directory, or finds and checks the one to go on with; all ranks get it."""
+    """The first rank makes the directory, or finds and checks the one to go on with; all ranks get it.
+
+    held: keeps others from writing there for as long as it is open
+    """
     found: tuple[Path, Path | None] | None = None
     if accelerator.is_main_process:
         if resume is False:
-            found = _start(job, command, started, say), None
+            found = _start(job, command, started, say, held), None
         else:
-            found = _resume(job, resume if isinstance(resume, Path) else None, command, started, say)
+            found = _resume(job, resume if isinstance(resume, Path) else None, command, started, say, held)
     path, checkpoint = same_everywhere(accelerator, found)
     return Place(RunDir(path), None if checkpoint is None else open_checkpoint(checkpoint, verify=False))
 
 
-def _start(job: Job, command: Sequence[str], started: datetime, say: Say) -> Path:
+def _start(job: Job, command: Sequence[str], started: datetime, say: Say, held: ExitStack) -> Path:
     """Recipe, manifest and plugin file, before the weights are loaded."""
     recipe = job.recipe
     name = recipe.log.run_name or run_name(recipe.name, job.info.name, started)
     run_dir = RunDir.create(Path(recipe.output.dir), name)
+    held.enter_context(run_dir.held())
     say(f"run directory: {run_dir.path}")
     say(f"the first row as text: {rendered_row(job.data.train[0], job.tokenizer)}")
     run_dir.write_recipe(_table(job))
@@ -60,11 +72,12 @@ def _start(job: Job, command: Sequence[str], started: datetime, say: Say) -> Pat
 
 
 def _resume(
-    job: Job, what: Path | None, command: Sequence[str], started: datetime, say: Say
+    job: Job, what: Path | None, command: Sequence[str], started: datetime, say: Say, held: ExitStack
 ) -> tuple[Path, Path | None]:
     """The directory of the run, and its newest good checkpoint. Raises AlignzooError where it cannot go on."""
     found = find_run(job.recipe, what, say)
     run_dir, checkpoints = found.run_dir, found.run_dir.path / "checkpoints"
+    held.enter_context(run_dir.held())
     say(f"run directory: {run_dir.path}")
     changes = recipe_changes(table_of(run_dir), _table(job))
     for change in changes:
@@ -88,7 +101,8 @@ def _resume(
 
 
 def _table(job: Job) -> dict[str, Any]:
-    return to_table(job.recipe, [job.settings])
+    model = dataclasses.replace(job.recipe.model, path=from_anywhere(job.recipe.model.path, job.location))
+    return to_table(dataclasses.replace(job.recipe, model=model), [job.settings])
 
 
 def _manifest(job: Job, command: Sequence[str], started: datetime) -> dict[str, Any]:
@@ -106,4 +120,5 @@ def _manifest(job: Job, command: Sequence[str], started: datetime) -> dict[str, 
         data={f"{s.role}: {s.path}": s.sha256 for s in job.data.report.sources},
         weights={} if job.location is None else hash_weights(job.location),
         recipe_folder=job.recipe.tables.folder,
+        live=[name for name, value in vars(job.live).items() if value is not None],
     )

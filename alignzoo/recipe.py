@@ -61,6 +61,10 @@ class Reference:
     )
     path: str | None = setting(None, "reference model, as model.path; the start model if not given")
     revision: str | None = setting(None, "branch, tag or commit of reference.path on the hub")
+    sync_every_steps: int | None = setting(
+        None, "move the reference towards the policy every so many steps (TR-DPO, arXiv:2404.09656)", ge=1
+    )
+    sync_alpha: float = setting(0.6, "how far it moves: 1 copies the policy", gt=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -341,6 +345,11 @@ def _sense_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("eval", "patience"), "patience for what? name eval.best_metric")
     if recipe.eval.patience is not None and recipe.eval.every_steps is None:
         yield Problem(("eval", "patience"), "there is one evaluation only: set eval.every_steps")
+    if recipe.reference.sync_every_steps is not None:
+        if recipe.model.lora is not None:
+            yield Problem(("reference", "sync_every_steps"), "needs whole weights to move: remove [model.lora]")
+        if recipe.reference.path is not None:
+            yield Problem(("reference", "sync_every_steps"), "moves a copy of the start model: remove reference.path")
     if recipe.reference.revision is not None and recipe.reference.path is None:
         yield Problem(("reference", "revision"), "there is no reference.path that it could be a revision of")
     if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:

@@ -31,6 +31,10 @@ def plan_reference(recipe: Recipe, loss: Loss, *, live_model: bool = False) -> R
     path = recipe.reference.path
     if path is not None:
         return ReferencePlan("frozen", f"a frozen model of its own: {path}")
+    every = recipe.reference.sync_every_steps
+    if every is not None:
+        how = f"moved {recipe.reference.sync_alpha:g} of the way to the policy every {every} steps"
+        return ReferencePlan("frozen", f"a copy of the start model {start}, {how}")
     if recipe.model.lora is not None and recipe.reference.mode == "auto":
         return ReferencePlan("adapter_off", f"adapter switched off: the base model {start}")
     return ReferencePlan("frozen", f"a frozen copy of the start model {start}")

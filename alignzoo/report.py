@@ -238,9 +238,10 @@ def finish(
     """
     write_csv(records, run.path / "training_metrics.csv")
     run.write_json("log_history.json", log_history(records, number(summary.get("seconds"))))
-    finite, lost = nulled(summary)
-    run.write_json("summary.json", {**finite, "non_finite": lost} if lost else finite)
     if samples:
         run.write_text("samples.md", samples_markdown(samples))
-    plot = run.path / "training_curves.png"
-    return draw_curves(records, plot, title or run.path.name, int(summary.get("accuracy", {}).get("rows", 0)))
+    plot, rows = run.path / "training_curves.png", int(summary.get("accuracy", {}).get("rows", 0))
+    draw_curves(records, plot, title or run.path.name, rows)
+    finite, lost = nulled(summary)  # last: a run with a summary is a finished one
+    run.write_json("summary.json", {**finite, "non_finite": lost} if lost else finite)
+    return plot

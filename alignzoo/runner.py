@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from alignzoo.engine import Engine, Record
 from alignzoo.errors import AlignzooError
 from alignzoo.loading import check_head, load_models
 from alignzoo.logprobs import Scorer
-from alignzoo.model import load_model, locate, save_model
+from alignzoo.model import from_anywhere, load_model, locate, save_model
 from alignzoo.place import Place, start_or_resume
 from alignzoo.progress import sayer
 from alignzoo.recipe import Recipe, load_recipe
@@ -79,15 +80,15 @@ def run(
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
     given, watch = Live(model, tokenizer, train, eval), Watch(say, console)
-    with accelerator.local_main_process_first():  # the others find what it prepared in the cache
-        job = make_job(recipe, say, live=given, plugin_files=plugins, losses=losses, watch=watch)
-    place = start_or_resume(job, accelerator, resume, command, started, say)
-    with Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path / "stacks") as dog:
+    job = make_job(recipe, say, live=given, plugin_files=plugins, losses=losses, watch=watch)
+    with ExitStack() as held:
+        place = start_or_resume(job, accelerator, resume, command, started, say, held)
+        dog = held.enter_context(Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path))
         policy, frozen = load_models(job, accelerator, say)
         engine = _engine(job, policy, frozen, accelerator, place, console)
         engine.beat = dog.beat
         result = Training(job, engine, place, console, dog).run()
-    accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
     engine.holder.close()
     return result
 
@@ -261,7 +262,11 @@ class Training:
         state = full_state(self.engine, self.dog.beat)
         if not self.first:
             return folder
-        recipe, base, tokenizer = self.recipe, _base(self.job), self.job.tokenizer
+        recipe, base, tokenizer = (
+            self.recipe,
+            from_anywhere(self.recipe.model.path, self.job.location),
+            self.job.tokenizer,
+        )
         if not recipe.output.merge or name != "model":
             return save_model(model, tokenizer, folder, base=base, merge=False, state=state)
         if state is None and not recipe.model.quantization:
@@ -299,13 +304,3 @@ def sample_prompts(job: Job) -> tuple[list[str], list[list[int]]]:
         asked.append(job.data.asked[i])
         ids.append(held_out[i].prompt.tolist())
     return asked, ids
-
-
-def _base(job: Job) -> str:
-    """model.path as it can be read from any working directory."""
-    path = job.recipe.model.path
-    if job.location is None or path.startswith("package:") or job.location.is_hub:
-        return path
-    scheme, _, rest = path.rpartition(":")
-    absolute = str(Path(rest).expanduser().resolve())
-    return f"{scheme}:{absolute}" if scheme else absolute

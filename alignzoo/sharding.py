@@ -129,7 +129,12 @@ class Update:
 
 
 class Holder(Protocol):
-    """Holds the policy that is trained. Every method is called on all ranks, equally often and in the same order."""
+    """Holds the policy that is trained. Every method is called on all ranks, equally often and in the same order.
+
+    accumulate: around forward and backward of a micro-batch; backward: of a loss that DDP and ZeRO average over ranks
+    update: moves the weights; whole: all of a weight; blend: moves one weight towards another
+    states, scalars, restore: the optimizer as checkpoints have it, by the names of the weights; close: the end
+    """
 
     policy: Callable[..., Any]  # a Scorer's forward, wrapped
     optimizer: Any  # the one that the schedule steps
@@ -142,6 +147,8 @@ class Holder(Protocol):
     def update(self) -> Update: ...
 
     def whole(self, parameter: nn.Parameter) -> Tensor: ...
+
+    def blend(self, kept: nn.Parameter, trained: nn.Parameter, alpha: float) -> None: ...
 
     def states(self, names: Names) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -189,6 +196,10 @@ class Everything:
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
+
+    @torch.no_grad()
+    def blend(self, kept: nn.Parameter, trained: nn.Parameter, alpha: float) -> None:
+        kept.lerp_(trained.to(kept.dtype), alpha)
 
     def states(self, names: Names) -> Iterator[tuple[str, Tensor]]:
         return optimizer_tensors(self.optimizer.optimizer, names)
@@ -245,6 +256,14 @@ class Shards:
             return full  # type: ignore[no-any-return]
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.sharded):
             return parameter.detach().clone()
+
+    @torch.no_grad()
+    def blend(self, kept: nn.Parameter, trained: nn.Parameter, alpha: float) -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([kept, trained], modifier_rank=0, enabled=self.sharded):
+            if not self.sharded or torch.distributed.get_rank() == 0:
+                kept.lerp_(trained.to(kept.dtype), alpha)
 
     def _parts(self) -> list[tuple[list[nn.Parameter], nn.Parameter]]:
         """The weights that are flattened together, each with this rank's part of them, which the optimizer trains."""

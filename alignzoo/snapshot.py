@@ -38,6 +38,10 @@ def save_snapshot(engine: Engine, folder: Path, step: int, extra: Mapping[str, A
     for parameter, name in names.items():
         _add(writer, "weights", name, engine.holder.whole(parameter))
         beat()
+    if synced(engine):
+        for name, kept in _frozen(engine).items():
+            _add(writer, "reference", name, engine.holder.whole(kept))
+            beat()
     for path, tensor in engine.holder.states(names):
         _add(writer, "optimizer", path, tensor)
         beat()
@@ -78,6 +82,10 @@ def restore(engine: Engine, reader: CheckpointReader, total: int, say: Say) -> M
     engine.holder.restore(
         names, reader.tensors("weights"), lambda: reader.tensors("optimizer"), reader.json("optimizer")
     )
+    if synced(engine):
+        frozen = _frozen(engine)
+        for name, value in reader.tensors("reference"):
+            engine.holder.blend(frozen[name], nn.Parameter(value.to(engine.device)), 1.0)
     engine.state = {name: value.clone().to(engine.device) for name, value in reader.tensors("loss")}
     engine.schedule.load_state_dict(reader.json("schedule"))
     progress = reader.json("progress")
@@ -90,6 +98,16 @@ def restore(engine: Engine, reader: CheckpointReader, total: int, say: Say) -> M
         )
     set_random_states(random[min(engine.rank, len(random) - 1)], say if engine.rank == 0 else lambda _: None)
     return reader.json("run")  # type: ignore[no-any-return]
+
+
+def synced(engine: Engine) -> bool:
+    """Does the reference move, so that it belongs into a checkpoint?"""
+    return engine.recipe.reference.sync_every_steps is not None and engine.frozen is not None
+
+
+def _frozen(engine: Engine) -> dict[str, nn.Parameter]:
+    assert engine.frozen is not None
+    return dict(engine.frozen.model.named_parameters())
 
 
 def _add(writer: CheckpointWriter | None, part: str, name: str, tensor: Tensor) -> None:

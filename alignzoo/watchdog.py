@@ -21,9 +21,9 @@ EXIT = 1  # of a run that was ended
 class Watchdog:
     """`beat` says what begins; `seconds` without a beat end the process. 0 seconds: never."""
 
-    def __init__(self, seconds: float, rank: int, folder: Path) -> None:
-        """folder: gets the stacks as rank-N.txt, beside what stderr gets."""
-        self.seconds, self.rank, self.folder = seconds, rank, folder
+    def __init__(self, seconds: float, rank: int, run: Path) -> None:
+        """run: its directory gets the stacks as stacks/rank-N.txt, beside what stderr gets."""
+        self.seconds, self.rank, self.folder = seconds, rank, run / "stacks"
         self._doing, self._since = "starting", time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
