@@ -173,6 +173,9 @@ class Samples:
     system: str | None = setting(None, "system turn for them; data.system if not given")
     max_new_tokens: int = setting(64, "longest answer", ge=1)
     temperature: float = setting(0.0, "0: greedy", ge=0)
+    gather: bool = setting(
+        True, "with engine.zero = 3: gather the weights on every rank to answer; false: in less memory, slowly"
+    )
 
 
 @dataclass(frozen=True)

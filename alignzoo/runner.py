@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -236,11 +236,15 @@ class Training:
     # --- answers, model, report
 
     def _answers(self, prompts: Sequence[Sequence[int]], title: str) -> list[str]:
-        """The first rank answers; under ZeRO-3 all do, since none holds the weights alone."""
-        engine, sharded = self.engine, self.engine.holder.sharded
+        """The first rank answers; under ZeRO-3 the weights are gathered for it, or all ranks answer together."""
+        engine, gather = self.engine, self.recipe.samples.gather
+        sharded = engine.holder.sharded and not gather
         self.dog.beat(title)
-        if not (self.first or sharded):
-            return []
+        with engine.holder.gathered() if gather else nullcontext():
+            return self._answers_here(prompts, title, sharded) if self.first or sharded else []
+
+    def _answers_here(self, prompts: Sequence[Sequence[int]], title: str, sharded: bool) -> list[str]:
+        engine = self.engine
 
         def generate(**options: Any) -> Any:
             self.dog.beat()

@@ -132,7 +132,8 @@ class Holder(Protocol):
     """Holds the policy that is trained. Every method is called on all ranks, equally often and in the same order.
 
     accumulate: around forward and backward of a micro-batch; backward: of a loss that DDP and ZeRO average over ranks
-    update: moves the weights; whole: all of a weight; blend: moves one weight towards another
+    update: moves the weights; whole: all of a weight; gathered: around what needs all of them on every rank
+    blend: moves one weight towards another
     states, scalars, restore: the optimizer as checkpoints have it, by the names of the weights; close: the end
     """
 
@@ -147,6 +148,8 @@ class Holder(Protocol):
     def update(self) -> Update: ...
 
     def whole(self, parameter: nn.Parameter) -> Tensor: ...
+
+    def gathered(self) -> AbstractContextManager[Any]: ...
 
     def blend(self, kept: nn.Parameter, trained: nn.Parameter, alpha: float) -> None: ...
 
@@ -196,6 +199,9 @@ class Everything:
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     @torch.no_grad()
     def blend(self, kept: nn.Parameter, trained: nn.Parameter, alpha: float) -> None:
@@ -256,6 +262,21 @@ class Shards:
             return full  # type: ignore[no-any-return]
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.sharded):
             return parameter.detach().clone()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if not self.sharded:
+            yield
+            return
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
+            remove_hooks(self.engine)  # they would share the weights out again after each layer
+            try:
+                yield
+            finally:
+                add_hooks(self.engine)
 
     @torch.no_grad()
     def blend(self, kept: nn.Parameter, trained: nn.Parameter, alpha: float) -> None:
