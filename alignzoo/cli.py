@@ -118,12 +118,16 @@ def run(
     quiet_unless_first()
     if sum(option is not None for option in (processes, gpus, hostfile)) > 1:
         raise click.UsageError("--processes, --gpus and --hostfile: give one of them")
+    from alignzoo.check import find_loss
+    from alignzoo.plugins import discover
     from alignzoo.recipe import load_recipe
     from alignzoo.zero import check_zero
 
     many = processes or gpus or (None if hostfile else Rank.here().world)
     loaded = [load_recipe(path, overrides) for path in recipes]  # a mistake is told at once: what follows takes seconds
+    registry = discover(plugins)
     for recipe in loaded:
+        find_loss(recipe, registry)
         check_zero(recipe, ranks=many)
     going_on = _find_run(loaded, resume)
     code = _launch(context.meta["words"], [r.engine.device for r in loaded], processes, gpus, hostfile)

@@ -100,12 +100,14 @@ class Engine:
         on_step: Callable[[int, Record], bool] = lambda *_: False,
         pairs: Sequence[Tree] = (),
         start: int = 0,
+        on_start: Callable[[Record], None] = lambda _: None,
     ) -> None:
         """The whole training: evaluations, steps, metrics.
 
         on_step: called after each step with its evaluation, {} where there was none (checkpoints); True ends it
         pairs: held-out pairs, chosen and rejected, that a loss on another kind of data is measured on too
         start: the step that a checkpoint was restored from
+        on_start: called with the evaluation before the first step, where eval.at_start has one
         """
         plan, every = self.recipe.train, self.recipe.eval.every_steps
         total = count_steps(len(train), plan.batch_size, plan.epochs, plan.max_steps)
@@ -113,7 +115,7 @@ class Engine:
         if start == 0:
             self.make_schedule(total)
             if self.recipe.eval.at_start:
-                self.evaluate(held_out, 0, 0.0, pairs)
+                on_start(self.evaluate(held_out, 0, 0.0, pairs))
         self.bare.train()
         steps = steps_of(len(train), plan.batch_size, plan.epochs, plan.max_steps, plan.seed)
         with StepProgress(self.console, total, "training", start) as progress:

@@ -172,7 +172,7 @@ class Training:
             self.before = self._answers(prompts, "answering before training")
         fit_began, data = time.monotonic(), self.job.data
         with self.signals:
-            self.engine.fit(data.train, data.eval, self._on_step, self.job.pairs, start)
+            self.engine.fit(data.train, data.eval, self._on_step, self.job.pairs, start, self.stopping.check)
         seconds = time.monotonic() - fit_began
         after = self._answers(prompts, "answering after training") if prompts else []
         model_path = self._save("model")

@@ -95,6 +95,13 @@ class Stopping:
         """For a checkpoint."""
         return asdict(self.best)
 
+    def check(self, line: Mapping[str, float]) -> None:
+        """Raises RecipeError where an evaluation, {} without held-out rows, has not the metrics that are asked for."""
+        if self.settings.best_metric is not None:
+            self._metric(line, self.settings.best_metric, "best_metric")
+        if self.settings.max_kl is not None:
+            self._metric(line, f"eval_{self.settings.max_kl_metric}", "max_kl_metric")
+
     def look(self, line: Mapping[str, float]) -> bool:
         """Whether this evaluation is the best one. Raises RecipeError where it has no metric of that name."""
         name = self.settings.best_metric

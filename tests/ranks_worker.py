@@ -70,7 +70,7 @@ def case(loss: str, *, lora: bool = False, rows: int = 17, tied: bool = False, *
 def train(loss: str, lora: bool, rows: int, tied: bool, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The update of the weights after STEPS steps, and the metrics on the way."""
     rate = {"train__learning_rate": RATES.get(loss, 0.1)}
-    recipe = make_recipe(**{**rate, "train__epochs": 2, "train__max_steps": STEPS, "eval__every_steps": 3, **overrides})
+    recipe = make_recipe(**{**rate, "train__epochs": 3, "train__max_steps": STEPS, "eval__every_steps": 3, **overrides})
     made = LOSSES[loss]()
     trees = rows_for(made, rows)
     accelerator = sharding.make_accelerator(recipe)

@@ -131,11 +131,18 @@ def test_the_matrix(ranks: int, zero: int, plain_matrix: list[Found], tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_an_offloaded_optimizer(zero: int, plain_matrix: list[Found], tmp_path: Path) -> None:
-    cases = with_zero(matrix()[:3], engine__zero=zero, engine__offload_optimizer="cpu")
-    for one, right in zip(train(cases, 2, tmp_path), plain_matrix, strict=False):
-        assert_same(one, right, zero)
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {"engine__zero": 1, "engine__offload_optimizer": "cpu"}),
+        (2, {"engine__zero": 2, "engine__offload_optimizer": "cpu"}),
+        (2, {"engine__zero": 3, "engine__offload_optimizer": "cpu", "engine__offload_parameters": "cpu"}),
+        (4, {"engine__zero": 3, "engine__hpz": 2}),
+    ],
+)
+def test_offload_and_hpz(ranks: int, settings: Found, plain_matrix: list[Found], tmp_path: Path) -> None:
+    for one, right in zip(train(with_zero(matrix()[:3], **settings), ranks, tmp_path), plain_matrix, strict=False):
+        assert_same(one, right, settings)
 
 
 @pytest.mark.slow
