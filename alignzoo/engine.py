@@ -58,7 +58,7 @@ class Engine:
         self.device: torch.device = accelerator.device
         self.budget = recipe.engine.tokens_per_device or TOKENS_PER_DEVICE[self.device.type]
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        self.bare = policy.to(self.device)
+        self.bare, policy.home = policy, self.device
         sparse = is_mixture_of_experts(policy.causal_lm)
         self.holder = hold(recipe, accelerator, policy, make_optimizer(recipe, policy), sparse=sparse)
         self.policy = self.holder.policy
@@ -78,9 +78,8 @@ class Engine:
             reference = AdapterOff(self.bare, self.policy)
         else:
             assert frozen is not None
-            scorer = frozen.to(self.device).eval().requires_grad_(False)
-            self.frozen = scorer
-            reference = FrozenReference(hold_frozen(self.recipe, self.accelerator, scorer))
+            self.frozen, frozen.home = frozen.eval().requires_grad_(False), self.device
+            reference = FrozenReference(hold_frozen(self.recipe, self.accelerator, frozen))
         return lambda: Remembering(reference, self.rank, self.ranks)
 
     @torch.no_grad()
@@ -236,6 +235,7 @@ class Engine:
             why="rows " + ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else ""),
             fix=f"the weights are as after step {done}: lower train.learning_rate, look at these rows, "
             'or set engine.precision = "fp32"',
+            on_all_ranks=True,
         )
 
     def _update(self, step: int) -> None:
@@ -248,6 +248,7 @@ class Engine:
                 why="the loss and all log-probs were finite",
                 fix=f"the weights are as after step {step - 1}: lower train.learning_rate, "
                 'or set engine.precision = "fp32"',
+                on_all_ranks=True,
             )
         if update.applied:
             self.schedule.step()

@@ -12,8 +12,10 @@ class AlignzooError(Exception):
     """
 
     exit_code = 2
+    on_all_ranks = False  # every rank raises it alike, so that the first one tells it
 
-    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, *, why: str = "", fix: str = "", on_all_ranks: bool = False) -> None:
+        self.on_all_ranks = on_all_ranks
         self.what, self.why, self.fix = what, why, fix
         lines = [what]
         if why:

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from alignzoo.errors import AlignzooError
-from alignzoo.ranks import ERRORS, FAILED, Rank, Report, Say, by_rank, read_reports
+from alignzoo.ranks import ERRORS, FAILED, PARENT, Rank, Report, Say, by_rank, read_reports
 
 GRACE = 300.0  # seconds that ranks get to save after a signal, before they are killed
 _AFTER_FAILURE = 30.0  # seconds that ranks get to end after another one has failed
@@ -169,6 +169,7 @@ def environments(processes: int, folder: str) -> list[dict[str, str]]:
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes)),
         ERRORS: folder,
+        PARENT: str(os.getpid()),
     }
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 

@@ -47,7 +47,7 @@ def load_models(job: Job, accelerator: Accelerator, say: Say) -> tuple[Scorer, S
     return scorer, frozen
 
 
-def _load(job: Job, where: Location, settings: Model, accelerator: Accelerator, say: Say) -> Any:
+def _load(job: Job, where: Location, settings: Model, accelerator: Accelerator, say: Say, trained: bool = True) -> Any:
     """A model; under ZeRO-3 each rank holds its share from the start, where its files allow that."""
     if job.recipe.engine.zero < 3:
         return load_model(where, settings, say)
@@ -56,7 +56,7 @@ def _load(job: Job, where: Location, settings: Model, accelerator: Accelerator, 
         say(f"engine.zero = 3: {whole} is loaded whole on every rank, and shared out afterwards")
         return load_model(where, settings, say)
     say(f"engine.zero = 3: each rank holds 1/{accelerator.num_processes} of the weights from the start")
-    with sharded_loading(job.recipe, accelerator):
+    with sharded_loading(job.recipe, accelerator, trained):
         return load_model(where, settings, say)
 
 
@@ -68,11 +68,11 @@ def _load_frozen(job: Job, start: Any, accelerator: Accelerator, say: Say) -> Sc
     if path is None:
         assert job.location is not None  # weights that are shared out cannot be copied: loaded again
         say(f"loading the reference {job.recipe.model.path}")
-        reference = _load(job, job.location, settings, accelerator, say)
+        reference = _load(job, job.location, settings, accelerator, say, trained=False)
         set_dropout(reference, 0.0)
         return Scorer(reference)
     say(f"loading the reference {path}")
-    reference = _load(job, locate(path, job.recipe.reference.revision), settings, accelerator, say)
+    reference = _load(job, locate(path, job.recipe.reference.revision), settings, accelerator, say, trained=False)
     ours, theirs = start.config.get_text_config().vocab_size, reference.config.get_text_config().vocab_size
     if ours != theirs:
         raise ModelError(

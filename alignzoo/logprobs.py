@@ -40,6 +40,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.router_loss = router_loss
+        self.home: torch.device | None = None  # where it computes, if its weights lie elsewhere (offload)
 
     @property
     def causal_lm(self) -> Any:
@@ -48,7 +49,7 @@ class Scorer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self.home or next(self.parameters()).device
 
     def forward(
         self, layout: Layout | None, stats: Collection[str] = (), *, run: Callable[[Any], Any] | None = None

@@ -26,6 +26,7 @@ from alignzoo.errors import AlignzooError
 Say = Callable[[str], None]
 
 ERRORS = "ALIGNZOO_ERRORS"  # the folder for the errors of ranks that `launch` started
+PARENT = "ALIGNZOO_PARENT"  # the process id of `launch`
 FAILED = "failed"  # a file there, made when a rank has ended badly
 _LAST_SECONDS = 20  # a failed rank that cannot even end within these is ended
 _TOGETHER = 3.0  # seconds that a failed rank waits for others with the same error
@@ -96,6 +97,8 @@ def _end_with_parent() -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if hasattr(library, "prctl"):
         library.prctl(set_death_signal, signal.SIGTERM)
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):  # it was gone before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 # --- the errors of ranks ---------------------------------------------------------------------------------------------
@@ -171,6 +174,8 @@ def tell(error: BaseException, echo: Say) -> int:
         _leave(report, here, Path(os.environ[ERRORS]), wait=isinstance(error, AlignzooError))
     elif isinstance(error, KeyboardInterrupt):
         pass  # the command line says it
+    elif here.rank > 0 and getattr(error, "on_all_ranks", False):
+        pass
     elif report.echo:
         if here.rank == 0:
             echo("stopped: another rank failed, see its error")

@@ -173,13 +173,14 @@ class Training:
         fit_began, data = time.monotonic(), self.job.data
         with self.signals:
             self.engine.fit(data.train, data.eval, self._on_step, self.job.pairs, start, self.stopping.check)
-        seconds = time.monotonic() - fit_began
-        after = self._answers(prompts, "answering after training") if prompts else []
-        model_path = self._save("model")
-        result = None
-        if self.first:
-            samples = [Sample(*row) for row in zip(asked, self.before, after, strict=True)]
-            result = self._report(samples, model_path, seconds, time.monotonic() - began)
+            self.signals.words = "the training is done, and the model is being saved; once more: at once, without it"
+            seconds = time.monotonic() - fit_began
+            after = self._answers(prompts, "answering after training") if prompts else []
+            model_path = self._save("model")
+            result = None
+            if self.first:
+                samples = [Sample(*row) for row in zip(asked, self.before, after, strict=True)]
+                result = self._report(samples, model_path, seconds, time.monotonic() - began)
         end_trackers(self.engine.accelerator)
         found: Result = same_everywhere(self.engine.accelerator, result)
         return found

@@ -21,7 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from alignzoo.errors import RunError
+from alignzoo.errors import AlignzooError, RunError
 from alignzoo.recipe import Recipe
 from alignzoo.states import Names, load_optimizer, load_options, optimizer_scalars, optimizer_tensors
 from alignzoo.zero import additions_in_words, check_zero, compiled_ops, deepspeed_config
@@ -79,6 +79,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     check_machine(recipe)
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may want another precision
     precision, cpu = choose_precision(recipe), on_cpu(recipe)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
+        raise AlignzooError(
+            "accelerate launch --use_deepspeed: the recipe decides on DeepSpeed, and alignzoo sets it up itself",
+            fix="start it without --use_deepspeed (or with a configuration that has none), and set engine.zero",
+        )
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares the search for another, and a warning that it failed
     accelerator = Accelerator(
@@ -179,7 +184,7 @@ class Everything:
         )
         with warnings.catch_warnings():  # torch has another name for broadcast_buffers, accelerate not yet
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+            self.policy, self.optimizer = accelerator.prepare(policy.to(accelerator.device), optimizer)
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -359,6 +364,8 @@ def hold_frozen(recipe: Recipe, accelerator: Accelerator, scorer: nn.Module) -> 
     if recipe.engine.zero == 3:
         return _start(scorer, _config(recipe, accelerator, trained=False), None)  # type: ignore[no-any-return]
 
+    scorer.to(accelerator.device)
+
     def forward(*args: Any) -> Any:
         with accelerator.autocast():
             return scorer(*args)
@@ -411,11 +418,11 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 @contextmanager
-def sharded_loading(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+def sharded_loading(recipe: Recipe, accelerator: Accelerator, trained: bool = True) -> Iterator[None]:
     """Models that from_pretrained loads in here are shared out over the ranks as they come (engine.zero = 3)."""
     from transformers.integrations import HfDeepSpeedConfig
 
     _join_alone()
-    alive = HfDeepSpeedConfig(_config(recipe, accelerator))
+    alive = HfDeepSpeedConfig(_config(recipe, accelerator, trained))
     yield
     del alive

@@ -5,6 +5,7 @@ A signal asks for a stop after the step that is under way; a second one ends the
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -26,7 +27,7 @@ class Interrupted(AlignzooError):
     """A signal ended the run, after a checkpoint. The exit code is a shell's: 128 and the signal's number."""
 
     def __init__(self, number: int, what: str, *, fix: str = "") -> None:
-        super().__init__(what, fix=fix)
+        super().__init__(what, fix=fix, on_all_ranks=True)
         self.exit_code = 128 + number
 
 
@@ -35,6 +36,7 @@ class Signals:
 
     def __init__(self, say: Say) -> None:
         self.asked: int = 0  # the signal's number
+        self.words = "stopping after this step, with a checkpoint; once more: at once"
         self._say = say
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -46,7 +48,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(
@@ -71,7 +74,7 @@ class Signals:
                 return
             raise SystemExit(128 + number)
         self.asked, self._since = number, now
-        self._say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; once more: at once")
+        self._say(f"{self.name(number)}: {self.words}")
 
 
 @dataclass
@@ -109,7 +112,7 @@ class Stopping:
             return False
         value = self._metric(line, name, "best_metric")
         sign = -1.0 if self._lower_is_better(name) else 1.0
-        if self.best.value is not None and sign * value <= sign * self.best.value:
+        if math.isnan(value) or (self.best.value is not None and sign * value <= sign * self.best.value):
             self.best.since += 1
             return False
         self.best = Best(value, int(line["step"]))
@@ -126,7 +129,7 @@ class Stopping:
         if limit is not None and line:
             name = f"eval_{self.settings.max_kl_metric}"
             value = self._metric(line, name, "max_kl_metric")
-            if abs(value) > limit:
+            if not abs(value) <= limit:  # NaN too
                 return f"|{name}| is {abs(value):.4g}, more than eval.max_kl = {limit:g}"
         return ""
 

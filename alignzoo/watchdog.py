@@ -5,6 +5,7 @@ A rank that hangs lets all others wait for it, so each finds out by itself and t
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from alignzoo.ranks import leave
 
@@ -47,18 +49,23 @@ class Watchdog:
             if time.monotonic() - self._since > self.seconds:
                 self._stop()
 
+    @staticmethod
+    def _write(to: TextIO | None, title: str) -> None:
+        if to is not None:
+            to.write(title)
+            to.flush()
+            faulthandler.dump_traceback(to, all_threads=True)
+
     def _stop(self) -> None:
         title = (
             f"rank {self.rank}: nothing moved for {self.seconds:g} s (engine.hang_timeout), last at: {self._doing}\n"
             "the stack of each of its threads, most recent call first:\n"
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"rank-{self.rank}.txt").open("w", encoding="utf-8") as file:
-            for to in (file, sys.__stderr__):
-                if to is not None:
-                    to.write(title)
-                    to.flush()
-                    faulthandler.dump_traceback(to, all_threads=True)
+        self._write(sys.__stderr__, title)
+        with contextlib.suppress(OSError):  # a full disk shall not keep it from ending
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"rank-{self.rank}.txt").open("w", encoding="utf-8") as file:
+                self._write(file, title)
         leave(
             f"nothing moved for {self.seconds:g} s (engine.hang_timeout), last at: {self._doing}; stacks: {self.folder}"
         )

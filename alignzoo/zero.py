@@ -164,7 +164,7 @@ def _stage(recipe: Recipe, trained: bool) -> dict[str, Any]:
         "reduce_bucket_size": _BUCKET,
         "allgather_bucket_size": _BUCKET,
     }
-    if engine.hpz > 1:
+    if engine.hpz > 1 and trained:  # DeepSpeed makes its groups for one model only
         block["zero_hpz_partition_size"] = engine.hpz
     if engine.offload_optimizer != "none" and trained:
         block["offload_optimizer"] = _offload(engine.offload_optimizer, engine.nvme_path)

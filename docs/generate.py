@@ -8,6 +8,7 @@ what stands around them is written by hand and kept. So is what stands between `
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -38,8 +39,8 @@ _ABOUT = {
     "reference": "What the policy is compared with. A loss that needs no reference leaves this section without effect.",
     "data": "What is learned from. See [data.md](data.md).",
     "train": "What the result depends on.",
-    "engine": "What the machine needs. It changes nothing but rounding.",
-    "checkpoint": "Copies of the model during the run.",
+    "engine": "What the machine needs. It changes nothing but rounding. Many ranks: [scaling.md](scaling.md).",
+    "checkpoint": "All that a run needs to go on after it was stopped. See [checkpoints.md](checkpoints.md).",
     "eval": "When the held-out rows are evaluated.",
     "samples": "Answers of the model before and after training, for `samples.md`.",
     "log": "How often metrics are written, and where else. See [runs.md](runs.md).",
@@ -171,9 +172,27 @@ def example() -> list[str]:
     return ["```python", EXAMPLE.read_text(encoding="utf-8").rstrip("\n"), "```"]
 
 
+# --- verified.md
+
+
+def verified() -> list[str]:
+    """The records of benchmarks/verify.py, a row for each; a configuration without one has a row too."""
+    content, rows = json.loads((DOCS / "verified.json").read_text(encoding="utf-8")), []
+    for name in content["configurations"]:
+        found = [r for r in content["records"] if r["configuration"] == name]
+        rows += [verified_row(record) for record in found] or [(name, "nobody yet", "", "", "", "")]
+    return table(("configuration", "hardware", "versions", "date", "distance", "tolerance"), rows)
+
+
+def verified_row(record: Mapping[str, Any]) -> Sequence[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    numbers = (f"{record['distance']:g}", f"{record['tolerance']:g}")
+    return record["configuration"], record["hardware"], versions, record["date"], *numbers
+
+
 PARTS: dict[str, Callable[[], list[str]]] = {
     "sections": sections, "losses": losses, "commands": commands, "formats": formats, "reasons": reasons,
-    "example": example,
+    "example": example, "verified": verified,
 }  # fmt: skip
 
 

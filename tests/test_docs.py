@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -287,6 +288,44 @@ def test_every_module_has_its_line() -> None:
 def test_every_format_is_documented() -> None:
     for known in FORMATS:
         assert f"| `{known.name}` | {known.kind} |" in page("data.md")
+
+
+# --- scaling and verified --------------------------------------------------------------------------------------------
+
+
+def test_the_records_of_verified_are_of_configurations_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    import verify
+
+    content = json.loads(page("verified.json"))
+    assert content["configurations"] == list(verify.CONFIGURATIONS)
+    for record in content["records"]:
+        assert record["distance"] < verify.CONFIGURATIONS[record["configuration"]].tolerance == record["tolerance"]
+        assert record["configuration"] in page("verified.md") and set(record["versions"]) > set(verify.LIBRARIES)
+
+
+def per_rank(billions: float, ranks: int, stage: int, training: str) -> float:
+    """GB as scaling.md has it, with a reference; LoRA trains 2 % of the weights over a bfloat16 base."""
+    part = 0.02 if training == "LoRA" else 1.0
+    base = 0 if part == 1 else 2 / (ranks if stage == 3 else 1)
+    reference = (4 if "float32" in training else 2 if part == 1 else 0) / (ranks if stage == 3 else 1)
+    float32 = {0: 16, 1: 8 + 12 / ranks, 2: 4 + 16 / ranks, 3: 20 / ranks}
+    bfloat16 = {0: 8, 1: 6 + 16 / ranks, 2: 2 + 16 / ranks, 3: 18 / ranks}
+    return billions * (base + reference + part * (bfloat16 if training == "all, bfloat16" else float32)[stage])
+
+
+def test_the_table_of_zero_stages_is_what_its_formulas_give() -> None:
+    """The lowest stage at or below two thirds of the card; one card has no stages."""
+    header, _, *rows = [line.split("|")[1:-1] for line in page("scaling.md").splitlines() if line.count("|") == 11]
+    assert len(rows) == 9
+    for row in rows:
+        size, training, *cells = (cell.strip() for cell in row)
+        billions = float(size[:-1]) / (1000 if size.endswith("M") else 1)
+        for place, cell in zip(header[2:], cells, strict=True):
+            ranks, card = map(int, re.findall(r"\d+", place))
+            found = [(s, per_rank(billions, ranks, s, training)) for s in range(4 if ranks > 1 else 1)]
+            fits = [f"{s}: {gb:.2g}" for s, gb in found if gb <= card * 2 / 3]
+            assert cell == (fits[0] if fits else "-"), (row, place)
 
 
 # --- coming from -----------------------------------------------------------------------------------------------------

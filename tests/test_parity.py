@@ -113,6 +113,13 @@ def matrix() -> list[Found]:
     return [*cases, case("dpo", **adam), case("dpo", lora=True, **adam)]
 
 
+def looser(what: Found) -> tuple[float, float]:
+    """Tolerance of the update, and factor of the others, where rounding counts for more."""
+    if "train__optimizer" in what["overrides"]:  # Adam divides by the gradient's size
+        return 1e-3, 100
+    return 1e-4, 5 if what["loss"] in ("ipo", "mixed") else 1  # they square a difference of sums
+
+
 @pytest.fixture(scope="module")
 def plain_matrix(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     return train(matrix(), 1, tmp_path_factory.mktemp("plain"))
@@ -125,8 +132,7 @@ def plain_matrix(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
 def test_the_matrix(ranks: int, zero: int, plain_matrix: list[Found], tmp_path: Path) -> None:
     found = train(with_zero(matrix(), engine__zero=zero), ranks, tmp_path, seconds=900)
     for one, right, what in zip(found, plain_matrix, matrix(), strict=True):
-        adam = "train__optimizer" in what["overrides"]  # divides by the gradient's size: rounding is seen sooner
-        assert_same(one, right, what, *((1e-3, 100) if adam else ()))
+        assert_same(one, right, what, *looser(what))
 
 
 @pytest.mark.slow
