@@ -6,6 +6,9 @@ import importlib.util
 import json
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +138,8 @@ def load_model(where: Location, model: Model, say: Say) -> Any:
         from peft import PeftModel
 
         say(f"merging the adapter {where.path} into its base")
-        adapted = PeftModel.from_pretrained(load_model(where.base, model, say), where.path)
+        with _quiet_peft():
+            adapted = PeftModel.from_pretrained(load_model(where.base, model, say), where.path)
         return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
     if model.trust_remote_code:
         say(f"WARNING: model.trust_remote_code: code that comes with {where.path} runs with your rights")
@@ -206,6 +210,14 @@ def set_dropout(model: nn.Module, rate: float) -> int:
     return changed
 
 
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """peft looks at an attribute that transformers will rename; nobody here can do anything about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
 def add_adapter(model: Any, lora: LoRA, quantised: bool) -> Any:
     """The model with a fresh LoRA adapter; all other weights frozen."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -223,7 +235,8 @@ def add_adapter(model: Any, lora: LoRA, quantised: bool) -> Any:
         use_rslora=lora.rslora,
     )
     try:
-        return get_peft_model(model, config)
+        with _quiet_peft():
+            return get_peft_model(model, config)
     except ValueError as error:
         raise ModelError("model.lora does not fit the model", why=str(error), fix="see model.lora.target") from error
 

@@ -81,6 +81,7 @@ class Signals:
 class Best:
     """The best evaluation so far."""
 
+    metric: str | None = None
     value: float | None = None
     step: int = 0
     since: int = 0  # evaluations without a better one
@@ -92,6 +93,8 @@ class Stopping:
     def __init__(self, recipe: Recipe, state: Mapping[str, Any] | None = None) -> None:
         self.settings, self.recipe = recipe.eval, recipe
         self.best = Best(**(state or {}))
+        if self.best.metric != self.settings.best_metric:  # another one since the run was interrupted
+            self.best = Best(self.settings.best_metric)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -115,16 +118,21 @@ class Stopping:
         if math.isnan(value) or (self.best.value is not None and sign * value <= sign * self.best.value):
             self.best.since += 1
             return False
-        self.best = Best(value, int(line["step"]))
+        self.best = Best(name, value, int(line["step"]))
         return True
 
     def reason(self, line: Mapping[str, float]) -> str:
         """Why the run ends here, in words; "" where it goes on."""
         patience, limit = self.settings.patience, self.settings.max_kl
         if patience is not None and self.best.since >= patience:
+            best = (
+                "never a number"
+                if self.best.value is None
+                else f"best at step {self.best.step} ({self.best.value:.6g})"
+            )
             return (
-                f"{self.settings.best_metric} was best at step {self.best.step} ({self.best.value:.6g}), and "
-                f"{self.best.since} evaluations did not better it (eval.patience)"
+                f"{self.settings.best_metric} was {best}, and {self.best.since} evaluations did not better it "
+                "(eval.patience)"
             )
         if limit is not None and line:
             name = f"eval_{self.settings.max_kl_metric}"

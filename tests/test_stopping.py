@@ -20,7 +20,7 @@ import pytest
 from alignzoo.errors import RecipeError
 from alignzoo.ranks import ERRORS, FAILED
 from alignzoo.recipe import load_recipe
-from alignzoo.stopping import Interrupted, Signals, Stopping
+from alignzoo.stopping import Best, Interrupted, Signals, Stopping
 
 # --- signals ---------------------------------------------------------------------------------------------------------
 
@@ -198,13 +198,13 @@ def test_the_best_evaluation(name: str, best: str, values: list[float], steps: l
     judge = stopping(best_metric=name, best=best)
     assert looked(judge, name, values) == steps
     since = len(values) - steps[-1]
-    assert judge.state == {"value": value, "step": steps[-1], "since": since}
+    assert judge.state == {"metric": name, "value": value, "step": steps[-1], "since": since}
     assert judge.reason({"step": len(values)}) == ""  # no patience, no limit
 
 
 def test_steps_without_an_evaluation_count_for_nothing() -> None:
     judge = stopping(best_metric="eval_loss", patience=1, max_kl=1.0)
-    assert not judge.look({}) and judge.reason({}) == "" and judge.state == {"value": None, "step": 0, "since": 0}
+    assert not judge.look({}) and judge.reason({}) == "" and judge.best == Best(judge.settings.best_metric)
     assert looked(judge, "eval_loss", [0.5]) == [1]
     assert not judge.look({}) and judge.reason({}) == "" and judge.state["since"] == 0
 
@@ -212,7 +212,7 @@ def test_steps_without_an_evaluation_count_for_nothing() -> None:
 def test_without_a_metric_nothing_is_best() -> None:
     judge = stopping()
     assert looked(judge, "eval_loss", [3.0, 2.0]) == [] and judge.reason({"step": 2, "eval_kl/chosen": 99.0}) == ""
-    assert judge.state == {"value": None, "step": 0, "since": 0}
+    assert judge.best == Best(judge.settings.best_metric)
 
 
 def test_patience() -> None:
@@ -276,7 +276,7 @@ def test_a_resumed_run_judges_as_one_that_was_not_interrupted(name: str) -> None
 def test_what_is_no_number_is_never_the_best(name: str) -> None:
     judge = stopping(best_metric=name)
     assert looked(judge, name, [math.nan, 0.5, math.nan, 0.5]) == [2]
-    assert judge.state == {"value": 0.5, "step": 2, "since": 2}
+    assert judge.state == {"metric": name, "value": 0.5, "step": 2, "since": 2}
 
 
 def test_a_kl_that_is_no_number_ends_the_run() -> None:
