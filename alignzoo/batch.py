@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from alignzoo.tree import Completion, Tree
-
-Positions = Callable[[Sequence[Tree], bool], int]
 
 
 @dataclass(frozen=True)
@@ -64,32 +63,93 @@ def _sequence_lengths(tree: Tree, mismatched: bool) -> list[int]:
     return [len(tree.prompt) + len(c.ids) for c in _branches(tree, mismatched)]
 
 
+def packed_positions(trees: Sequence[Tree], mismatched: bool = False, *, shared: bool = True) -> int:
+    """Positions of a row without padding. shared: each prompt once; else once for each of its completions."""
+    return sum(sum(_sequence_lengths(t, mismatched)) - (_repeated(t, mismatched) if shared else 0) for t in trees)
+
+
+def _repeated(tree: Tree, mismatched: bool) -> int:
+    """Positions of the prompt that only sequences of their own need."""
+    return len(tree.prompt) * (len(_branches(tree, mismatched)) - 1)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How trees are laid out.
+
+    packed: one row without padding, else a padded row for each completion
+    shared: the prompt once for all its completions; only in a packed row
+    """
+
+    packed: bool = False
+    shared: bool = False
+
+    @property
+    def name(self) -> str:
+        return "trees" if self.shared else "packed" if self.packed else "padded"
+
+    def layout(self, trees: Sequence[Tree], *, mismatched: bool = False) -> Layout:
+        if not self.packed:
+            return padded_layout(trees, mismatched=mismatched)
+        return tree_layout(trees, mismatched=mismatched, shared=self.shared)
+
+    def positions(self, trees: Sequence[Tree], mismatched: bool = False) -> int:
+        """Positions that are forwarded for these trees."""
+        if not self.packed:
+            return padded_positions(trees, mismatched)
+        return packed_positions(trees, mismatched, shared=self.shared)
+
+
+PADDED, TREES = Way(), Way(packed=True, shared=True)
+
+
 def plan_step(
-    trees: Sequence[Tree],
-    ranks: int,
-    budget: int,
-    *,
-    mismatched: bool = False,
-    positions: Positions = padded_positions,
+    trees: Sequence[Tree], ranks: int, budget: int, *, mismatched: bool = False, way: Way = PADDED
 ) -> list[list[tuple[int, ...]]]:
     """For each rank its micro-batches, each a tuple of indices into `trees`.
 
-    Trees of like length go together, no micro-batch forwards more than `budget` positions (a tree that is larger runs
-    alone), and the ranks get the same number of micro-batches as far as the trees allow, balanced by positions.
+    No micro-batch forwards more than `budget` positions (a tree that is larger runs alone), and the ranks get the same
+    number of micro-batches as far as the trees allow, balanced by positions. Where rows are padded, trees of like
+    length go together; packed ones fill the budget.
     """
-    order = sorted(range(len(trees)), key=lambda i: (-max(_sequence_lengths(trees[i], mismatched)), i))
 
     def cost(members: Sequence[int]) -> int:
-        return positions([trees[i] for i in members], mismatched)
+        return way.positions([trees[i] for i in members], mismatched)
 
-    micro: list[list[int]] = []
-    for i in order:
-        if micro and cost([*micro[-1], i]) <= budget:
-            micro[-1].append(i)
-        else:
-            micro.append([i])
+    if way.packed:
+        micro = _fill([cost([i]) for i in range(len(trees))], ranks, budget)
+    else:
+        order = sorted(range(len(trees)), key=lambda i: (-max(_sequence_lengths(trees[i], mismatched)), i))
+        micro = []
+        for i in order:
+            if micro and cost([*micro[-1], i]) <= budget:
+                micro[-1].append(i)
+            else:
+                micro.append([i])
     _split_to_multiple(micro, ranks, cost)
     return _assign(micro, ranks, cost)
+
+
+def _fill(costs: Sequence[int], ranks: int, budget: int) -> list[list[int]]:
+    """As few micro-batches as first fit finds, their number a multiple of the ranks where that can be, of like cost."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    filled: list[list[int]] = []
+    load: list[int] = []
+    for i in order:
+        n = next((n for n, held in enumerate(load) if held + costs[i] <= budget), len(load))
+        if n == len(load):
+            filled.append([])
+            load.append(0)
+        filled[n].append(i)
+        load[n] += costs[i]
+    even: list[list[int]] = [[] for _ in range(min(len(costs), math.ceil(len(filled) / ranks) * ranks))]
+    load = [0] * len(even)
+    for i in order:
+        n = min(range(len(even)), key=lambda n: (load[n], n))
+        even[n].append(i)
+        load[n] += costs[i]
+    fits = all(held <= budget or len(members) == 1 for held, members in zip(load, even, strict=True))
+    return even if fits else filled
 
 
 def _split_to_multiple(micro: list[list[int]], ranks: int, cost: Callable[[Sequence[int]], int]) -> None:
@@ -116,10 +176,11 @@ def _assign(micro: list[list[int]], ranks: int, cost: Callable[[Sequence[int]], 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Trees laid out for one forward pass: one padded sequence per completion, padding on the right.
+    """Trees laid out for one forward pass.
 
-    S sequences of L positions; N completions (N = S here) of at most T tokens; M completion tokens in all. Rows of N
-    follow the trees, a tree's completions in order, its mismatched one last.
+    S rows of L positions: a padded one (on the right) for each completion, or a single one without padding. N
+    completions of at most T tokens; M completion tokens in all. Rows of N follow the trees, a tree's completions in
+    order, its mismatched one last.
     """
 
     input_ids: npt.NDArray[np.int64]  # (S, L)
@@ -130,6 +191,9 @@ class Layout:
     mask: npt.NDArray[np.bool_]  # (N, T) the tokens that count
     keys: tuple[tuple[int, int], ...]  # (N,) (row of the data set, number of the completion in its tree)
     pieces: int = 1  # into how many pieces the head cuts M at least: the same on all ranks
+    position_ids: npt.NDArray[np.int64] | None = None  # (S, L), of a packed row: a completion goes on from its prompt
+    nodes: npt.NDArray[np.int32] | None = None  # (n, 2), of a packed row: each node's length, and which one it goes on
+    saved: int = 0  # positions that shared prompts spare
 
     @property
     def positions(self) -> int:
@@ -141,26 +205,72 @@ class Layout:
         return int(self.attention_mask.sum())
 
 
+def _entries(trees: Sequence[Tree], mismatched: bool) -> list[tuple[Tree, int, Completion]]:
+    """Each completion with its tree and its number in it. Raises ValueError for a tree without a prompt."""
+    for tree in trees:
+        if len(tree.prompt) == 0:
+            raise ValueError(f"{tree.where}: a tree needs at least one prompt token to predict from")
+    return [(t, slot, c) for t in trees for slot, c in enumerate(_branches(t, mismatched))]
+
+
+def _table(completions: Sequence[Completion]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Which tokens count (N, T), and where each token stands in that table (M,)."""
+    longest = max(len(c.ids) for c in completions)
+    mask = np.zeros((len(completions), longest), np.bool_)
+    for n, completion in enumerate(completions):
+        mask[n, : len(completion.ids)] = True if completion.mask is None else completion.mask
+    return mask, np.concatenate([n * longest + np.arange(len(c.ids)) for n, c in enumerate(completions)])
+
+
 def padded_layout(trees: Sequence[Tree], *, mismatched: bool = False) -> Layout:
     """One row per completion: prompt, completion, padding. Padding is token 0 and is never read: masks tell."""
-    entries = [(t, slot, c) for t in trees for slot, c in enumerate(_branches(t, mismatched))]
+    entries = _entries(trees, mismatched)
     length = max(len(t.prompt) + len(c.ids) for t, _, c in entries)
-    longest = max(len(c.ids) for _, _, c in entries)
     ids = np.zeros((len(entries), length), np.int64)
     attention = np.zeros((len(entries), length), np.int64)
-    mask = np.zeros((len(entries), longest), np.bool_)
-    source, target, place = [], [], []
+    source, target = [], []
     for n, (tree, _, completion) in enumerate(entries):
         start, size = len(tree.prompt), len(completion.ids)
-        if start == 0:
-            raise ValueError(f"{tree.where}: a tree needs at least one prompt token to predict from")
         ids[n, :start], ids[n, start : start + size] = tree.prompt, completion.ids
         attention[n, : start + size] = 1
-        mask[n, :size] = True if completion.mask is None else completion.mask
         source.append(n * length + np.arange(start - 1, start + size - 1))
         target.append(completion.ids.astype(np.int64))
-        place.append(n * longest + np.arange(size))
+    mask, place = _table([c for *_, c in entries])
+    keys = tuple((t.row, slot) for t, slot, _ in entries)
+    return Layout(ids, attention, np.concatenate(source), np.concatenate(target), place, mask, keys)
+
+
+def tree_layout(trees: Sequence[Tree], *, mismatched: bool = False, shared: bool = True) -> Layout:
+    """All trees in one row without padding: a prompt, then each of its completions, and so on.
+
+    A completion goes on from its prompt: its positions begin after the prompt's, it sees the prompt and itself, and its
+    first token is predicted from the prompt's last position. shared=False: prompt and completion are one node, and the
+    prompt is there for each completion.
+    """
+    entries = _entries(trees, mismatched)
+    ids: list[npt.NDArray[Any]] = []
+    nodes: list[tuple[int, int]] = []
+    positions, source, at, prompt = [], [], 0, -1
+    for tree, slot, completion in entries:
+        start, size = len(tree.prompt), len(completion.ids)
+        if slot == 0 or not shared:
+            prompt, first = len(nodes), at
+            ids.append(tree.prompt)
+            nodes.append((start if shared else start + size, -1))
+            positions.append(np.arange(start))
+            at += start
+        if shared:
+            nodes.append((size, prompt))
+        ids.append(completion.ids)
+        positions.append(np.arange(start, start + size))
+        source.append(np.array([first + start - 1, *range(at, at + size - 1)]))
+        at += size
+    mask, place = _table([c for *_, c in entries])
+    row = np.concatenate(ids).astype(np.int64)
     return Layout(
-        ids, attention, np.concatenate(source), np.concatenate(target), np.concatenate(place), mask,
+        row[None], np.ones((1, at), np.int64), np.concatenate(source),
+        np.concatenate([c.ids for *_, c in entries]).astype(np.int64), place, mask,
         tuple((t.row, slot) for t, slot, _ in entries),
+        position_ids=np.concatenate(positions)[None], nodes=np.array(nodes, np.int32),
+        saved=sum(_repeated(t, mismatched) for t in trees) if shared else 0,
     )  # fmt: skip

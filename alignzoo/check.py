@@ -85,7 +85,7 @@ def make_job(
     location = None if live.model is not None else locate(recipe.model.path, recipe.model.revision)
     if location is None and live.tokenizer is None:
         raise ModelError("run(model=...) needs its tokenizer too", fix="pass tokenizer=")
-    if recipe.reference.path is not None and reference.kind == "frozen":
+    if recipe.reference.path is not None and reference.kind in ("frozen", "cached"):
         locate(recipe.reference.path, recipe.reference.revision)  # found now, loaded later
     tokenizer = live.tokenizer
     if tokenizer is None and location is not None:

@@ -231,6 +231,48 @@ def data_show(path: str, rows: int, split: str | None, format: str, columns: dic
     Console().print(show_rows(path, rows, split=split, format=format, columns=columns))
 
 
+@cli.group()
+def cache() -> None:
+    """Look at what is kept between runs: prepared data, and log-probs of references."""
+
+
+@cache.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cache_ls(as_json: bool) -> None:
+    """List what is kept, with its rows, size and last use."""
+    from alignzoo.caches import entries, print_entries
+
+    rows = entries()
+    click.echo(json.dumps(rows, indent=2)) if as_json else print_entries(rows)
+
+
+@cache.command("verify")
+def cache_verify() -> None:
+    """Read all that is kept, and remove what is damaged. The exit code is 2 where something was."""
+    from alignzoo.caches import verify
+
+    verify(click.echo)
+
+
+@cache.command("gc")
+@click.option("--max-gb", type=click.FloatRange(0), metavar="GB",
+              help="How large each kind may stay; ALIGNZOO_CACHE_GB, or 20, if not given.")  # fmt: skip
+def cache_gc(max_gb: float | None) -> None:
+    """Remove what was not used for the longest time, where it is more than it may be."""
+    from alignzoo.caches import collect
+
+    collect(max_gb, click.echo)
+
+
+@cache.command("clear")
+@click.option("--only", type=click.Choice(["reference", "data"]), help="One kind.")
+def cache_clear(only: str | None) -> None:
+    """Remove all that is kept. Later runs make it again."""
+    from alignzoo.caches import clear
+
+    clear(only, click.echo)
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",

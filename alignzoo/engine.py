@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from alignzoo.api import Loss, LossOutput
-from alignzoo.batch import StepRows, blocks_of, count_steps, padded_layout, plan_step, steps_of
+from alignzoo.batch import PADDED, StepRows, Way, blocks_of, count_steps, plan_step, steps_of
 from alignzoo.errors import PluginError, RunError
 from alignzoo.logprobs import Scorer, is_mixture_of_experts
 from alignzoo.metrics import Accumulator, memory_gib, record, record_preference
@@ -26,7 +26,7 @@ from alignzoo.objective import Objective, Prepared, Scored, State, count_units, 
 from alignzoo.optim import make_optimizer, make_schedule
 from alignzoo.progress import StepProgress, brief
 from alignzoo.recipe import Recipe
-from alignzoo.reference import AdapterOff, FrozenReference, ReferencePlan, Remembering
+from alignzoo.reference import AdapterOff, FrozenReference, ReferencePlan, Remembering, Scores
 from alignzoo.sharding import hold, hold_frozen, of_all_ranks
 from alignzoo.tree import Tree
 
@@ -63,15 +63,22 @@ class Engine:
         self.holder = hold(recipe, accelerator, policy, make_optimizer(recipe, policy), sparse=sparse)
         self.policy = self.holder.policy
         self.frozen: Scorer | None = None
+        self.frozen_forward: Callable[..., Any] | None = None
         make = self._reference_maker(reference, frozen)
         self.held_out_reference, self.pair_reference, self.step_reference = make(), make(), make()
+        self.first_line: Record = {}  # goes into the first line of training metrics
         self.state: State = loss.init_state()
         self.tokens_seen = 0
         self.tally = Tally()
+        self.way: Way = PADDED  # how trees are laid out, see loading.choose_layout
         self.beat: Callable[[str], None] = lambda _: None  # told what begins, see watchdog.py
 
-    def _reference_maker(self, plan: ReferencePlan, frozen: Scorer | None) -> Callable[[], Remembering | None]:
-        if plan.kind == "none":
+    def use_reference(self, step: Scores, held_out: Scores, pairs: Scores) -> None:
+        """The reference's log-probs of training rows, held-out rows and held-out pairs, where they are kept."""
+        self.step_reference, self.held_out_reference, self.pair_reference = step, held_out, pairs
+
+    def _reference_maker(self, plan: ReferencePlan, frozen: Scorer | None) -> Callable[[], Scores | None]:
+        if plan.kind in ("none", "cached"):  # cached: use_reference follows
             return lambda: None
         reference: AdapterOff | FrozenReference
         if plan.kind == "adapter_off":
@@ -79,7 +86,8 @@ class Engine:
         else:
             assert frozen is not None
             self.frozen, frozen.home = frozen.eval().requires_grad_(False), self.device
-            reference = FrozenReference(hold_frozen(self.recipe, self.accelerator, frozen))
+            self.frozen_forward = hold_frozen(self.recipe, self.accelerator, frozen)
+            reference = FrozenReference(self.frozen_forward)
         return lambda: Remembering(reference, self.rank, self.ranks)
 
     @torch.no_grad()
@@ -149,13 +157,13 @@ class Engine:
 
     def _rounds(self, trees: Sequence[Tree], prepared: Prepared) -> tuple[list[Round], Whole]:
         """The forward passes of a step, and what its sums are divided by. Every rank knows all of it."""
-        plan = plan_step(trees, self.ranks, self.budget)
+        plan = plan_step(trees, self.ranks, self.budget, way=self.way)
         micro = [[self._micro_batch(trees, members, prepared) for members in of_rank] for of_rank in plan]
-        return rounds_of(micro, self.rank), Whole.of([m for of_rank in micro for m in of_rank])
+        return rounds_of(micro, self.rank, self.way), Whole.of([m for of_rank in micro for m in of_rank])
 
     def _micro_batch(self, trees: Sequence[Tree], members: Sequence[int], prepared: Prepared) -> MicroBatch:
         chosen, step = [trees[i] for i in members], prepared.of(members)
-        layout = padded_layout(chosen)
+        layout = self.way.layout(chosen)
         return MicroBatch(chosen, layout, step, self.objective.units(chosen, layout, step))
 
     def _step(self, rows: StepRows, trees: Sequence[Tree]) -> None:
@@ -193,11 +201,13 @@ class Engine:
             # a mean over the micro-batch's tokens; the one number here that depends on how a step is cut
             router = self.recipe.model.router_loss * round.mine.counted / whole.counted * scores["router_loss"]
             metrics.mean("router_loss", scores["router_loss"].reshape(1))
-        metrics.share("padding_fraction", round.layout.positions - round.layout.real_positions, round.layout.positions)
+        layout = round.layout
+        metrics.share("padding_fraction", layout.positions - layout.real_positions, layout.positions)
+        metrics.share("shared_fraction", layout.saved, layout.real_positions + layout.saved)
         return loss, router
 
     def _apply(
-        self, round: Round, metrics: Accumulator, reference: Remembering | None, bad: BadRows
+        self, round: Round, metrics: Accumulator, reference: Scores | None, bad: BadRows
     ) -> tuple[LossOutput | None, Mapping[str, Tensor]]:
         """Log-probs of a round, and the loss of this rank's rows in it, recorded; None where it has none."""
         micro = round.mine
@@ -258,7 +268,7 @@ class Engine:
 
     # --- the whole step, for prepare ---------------------------------------------------------------------------------
 
-    def _prepare(self, trees: Sequence[Tree], state: State, reference: Remembering | None) -> tuple[Prepared, State]:
+    def _prepare(self, trees: Sequence[Tree], state: State, reference: Scores | None) -> tuple[Prepared, State]:
         """Runs the loss's `prepare` over all rows of a step; without one it does nothing."""
         loss = self.objective.loss
         if not loss.has_prepare:
@@ -270,13 +280,13 @@ class Engine:
         return Prepared(values, tuple(starts)), new_state
 
     @torch.no_grad()
-    def _sums(self, trees: Sequence[Tree], reference: Remembering | None) -> Tensor:
+    def _sums(self, trees: Sequence[Tree], reference: Scores | None) -> Tensor:
         """Policy sum, reference sum and length of every branch, (N, 3), trees in order, the same on every rank."""
         mismatched = self.objective.loss.needs_mismatched
         sizes = [len(tree.branches if mismatched else tree.completions) for tree in trees]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         table = torch.zeros(sum(sizes), 3, device=self.device)
-        for round, members in self._bare_rounds(trees, mismatched):
+        for round, members in self.bare_rounds(trees, mismatched):
             scores = self.policy(round.layout)["logps"]
             frozen = None if reference is None else reference.score(round)
             if round.mine is None:
@@ -289,15 +299,21 @@ class Engine:
             table[index, 2] = mask.sum(-1).float()
         return self.accelerator.reduce(table, "sum")  # type: ignore[no-any-return]
 
-    def _bare_rounds(self, trees: Sequence[Tree], mismatched: bool = False) -> Iterator[tuple[Round, tuple[int, ...]]]:
-        """Forward passes that no loss is computed from, each with the indices of this rank's trees."""
-        plan = plan_step(trees, self.ranks, self.budget, mismatched=mismatched)
+    def bare_rounds(
+        self, trees: Sequence[Tree], mismatched: bool = False, way: Way | None = None
+    ) -> Iterator[tuple[Round, tuple[int, ...]]]:
+        """Forward passes that no loss is computed from, each with the indices of this rank's trees.
+
+        way: the layout, if not the one of the training
+        """
+        way = way or self.way
+        plan = plan_step(trees, self.ranks, self.budget, mismatched=mismatched, way=way)
         micro = []
         for of_rank in plan:
             chosen = [[trees[i] for i in members] for members in of_rank]
-            micro.append([MicroBatch(one, padded_layout(one, mismatched=mismatched)) for one in chosen])
+            micro.append([MicroBatch(one, way.layout(one, mismatched=mismatched)) for one in chosen])
         mine = [*plan[self.rank], *[()] * len(trees)]
-        return zip(rounds_of(micro, self.rank), mine, strict=False)
+        return zip(rounds_of(micro, self.rank, way), mine, strict=False)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -344,7 +360,7 @@ class Engine:
 
     def _evaluate_pairs(self, trees: Sequence[Tree], metrics: Accumulator) -> None:
         """Which side of held-out pairs the policy prefers, for a loss that does not eat pairs itself."""
-        for round, _members in self._bare_rounds(trees):
+        for round, _members in self.bare_rounds(trees):
             table = None if self.pair_reference is None else self.pair_reference.score(round)
             scores = self.policy(round.layout)
             if round.mine is not None:
@@ -357,6 +373,8 @@ class Engine:
         self.tokens_seen += tally.tokens
         line: Record = {"step": step, "epoch": round(epoch, 6)}
         line["loss"] = torch.stack([loss.cpu() for loss in tally.losses]).mean().item()
+        line |= self.first_line
+        self.first_line = {}
         line |= self._over_ranks(tally.metrics)
         line["learning_rate"] = self.learning_rate
         line["num_tokens"] = self.tokens_seen

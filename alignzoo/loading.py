@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import transformers
+from torch import Tensor
 
-from alignzoo.batch import padded_layout
+from alignzoo import attention
+from alignzoo.attention import CannotPack
+from alignzoo.batch import PADDED, Layout, Way, padded_layout
 from alignzoo.check import Job
 from alignzoo.engine import Engine
 from alignzoo.errors import ModelError
 from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
 from alignzoo.model import Location, add_adapter, load_model, locate, set_dropout
 from alignzoo.progress import Say
-from alignzoo.recipe import Model
+from alignzoo.recipe import Model, Recipe
 from alignzoo.sharding import full_shape, sharded_loading
+from alignzoo.tree import Completion, Tree
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,7 +42,7 @@ def load_models(job: Job, accelerator: Accelerator, say: Say) -> tuple[Scorer, S
     changed = set_dropout(model, recipe.model.dropout)
     if changed:
         say(f"dropout: set to {recipe.model.dropout} in {changed} places of the model")
-    frozen = _load_frozen(job, model, accelerator, say) if job.reference.kind == "frozen" else None
+    frozen = load_reference(job, model, accelerator, say) if job.reference.kind == "frozen" else None
     if recipe.model.lora is not None:
         model = add_adapter(model, recipe.model.lora, recipe.model.quantization is not None)
         trained, whole = model.get_nb_trainable_parameters()
@@ -60,7 +68,7 @@ def _load(job: Job, where: Location, settings: Model, accelerator: Accelerator, 
         return load_model(where, settings, say)
 
 
-def _load_frozen(job: Job, start: Any, accelerator: Accelerator, say: Say) -> Scorer:
+def load_reference(job: Job, start: Any, accelerator: Accelerator, say: Say) -> Scorer:
     """The reference model: loaded from reference.path, or a copy of the start model before it trains."""
     path, settings = job.recipe.reference.path, dataclasses.replace(job.recipe.model, lora=None)
     if path is None and (job.recipe.engine.zero < 3 or job.location is None):
@@ -103,3 +111,126 @@ def _check_sizes(job: Job, scorer: Scorer, say: Say) -> None:
 def check_head(job: Job, engine: Engine) -> None:
     """The model's head is read rightly: one short forward pass of every rank."""
     check_scorer(engine.bare, padded_layout([job.data.shortest]), engine.inside)
+
+
+# --- the layout of rows ----------------------------------------------------------------------------------------------
+
+WORDS = {
+    Way(packed=True, shared=True): "token trees (prompts shared, no padding)",
+    Way(packed=True): "packed rows (no padding)",
+}
+
+
+def choose_layout(recipe: Recipe, engine: Engine, tree: Tree, longest: int) -> str:
+    """Packs rows and shares prompts where the models can, and says so in a line.
+
+    tree: a row of the data to try it on; longest: tokens of the longest sequence
+    Raises ModelError where the recipe insists and a model cannot.
+    """
+    settings = recipe.engine
+    if settings.packing == "off":
+        return "layout: padded: engine.packing = off"
+    router = recipe.model.router_loss > 0  # counts tokens, also those of a prompt that comes again
+    if router and settings.prefix_sharing == "on":
+        raise recipe.error(
+            ("engine", "prefix_sharing"), 'engine.prefix_sharing = "on", and model.router_loss is set',
+            why="the router loss counts the prompt once for each completion", fix='use "auto" or "off"',
+        )  # fmt: skip
+    way = Way(packed=True, shared=settings.prefix_sharing != "off" and not router)
+    reason = _why_padded(recipe, engine, way, tree, longest)
+    if not reason:
+        engine.way = way
+        note = ": the router loss counts every prompt" if router and settings.prefix_sharing == "auto" else ""
+        return f"layout: {WORDS[way]}{note}"
+    insisted = [key for key in ("packing", "prefix_sharing") if getattr(settings, key) == "on"]
+    if insisted:
+        raise recipe.error(
+            ("engine", insisted[0]), f'engine.{insisted[0]} = "on", and the model cannot: {reason}',
+            fix='use "auto", which pads such a model\'s rows',
+        )  # fmt: skip
+    return f"layout: padded: {reason}"
+
+
+def _why_padded(recipe: Recipe, engine: Engine, way: Way, tree: Tree, longest: int) -> str:
+    """Why the policy or its reference cannot compute rows in this way; where both can, they are made to."""
+    scorers: list[tuple[Scorer, Callable[[Layout], Any]]] = [(engine.bare, engine.policy)]
+    if engine.frozen is not None and engine.frozen_forward is not None:
+        scorers.append((engine.frozen, engine.frozen_forward))
+    reason = ""
+    for scorer, forward in scorers:
+        reason = reason or make_packed(recipe, engine, scorer, forward, way, tree, longest)
+    if reason:
+        for scorer, _ in scorers:
+            make_padded(scorer)
+    return reason
+
+
+def make_packed(
+    recipe: Recipe, engine: Engine, scorer: Scorer, forward: Callable[[Layout], Any], way: Way, tree: Tree, longest: int
+) -> str:
+    """Makes a model compute rows in this way, and tries it; why it cannot, in words, where it cannot."""
+    lm = scorer.causal_lm
+    reason = attention.why_not(lm)
+    if reason:
+        return reason
+    attention.enable(lm)
+    windows = attention.sliding_windows(lm)
+    scorer.flex = not windows and recipe.model.dropout == 0
+    narrow = windows if windows and min(windows) < longest else []
+    exact = engine.accelerator.mixed_precision == "no" and lm.dtype in (torch.float32, torch.float64)
+    return _try(scorer, forward, way, tree, narrow, exact)
+
+
+def make_padded(scorer: Scorer) -> None:
+    """Takes back what `make_packed` changed."""
+    if not attention.why_not(scorer.causal_lm):
+        attention.enable(scorer.causal_lm, on=False)
+
+
+@torch.no_grad()
+def _try(
+    scorer: Scorer, forward: Callable[[Layout], Any], way: Way, tree: Tree, windows: list[int], exact: bool
+) -> str:
+    """Why not, found by computing the same trees in both layouts. windows: of the layers whose window rows exceed.
+
+    exact: in float32 or better, so that more than rounding is a mistake
+    """
+    trees, was_training = trial_trees(tree), scorer.training
+    scorer.eval()
+    try:
+        rows = PADDED.layout(trees)
+        padded = forward(rows)["logps"]
+        with attention.windows_seen() as seen:
+            packed = _packed(scorer, forward, way.layout(trees))
+    except CannotPack as error:
+        return str(error)
+    finally:
+        scorer.train(was_training)
+    apart = (padded.double() - packed.double()).abs().flatten()[torch.from_numpy(rows.place).to(padded.device)]
+    worst, tolerance = (apart.max().item(), 1e-3) if exact else (apart.mean().item(), 0.1)
+    if windows and sorted(w for w in seen if w is not None) != sorted(windows):
+        return "its layers do not tell their sliding window"
+    return "" if worst <= tolerance else f"its log-probs would differ by {worst:.2g} nats a token"
+
+
+def _packed(scorer: Scorer, forward: Callable[[Layout], Any], layout: Layout) -> Tensor:
+    """Log-probs of a packed row; without flex_attention where this machine cannot compile it."""
+    try:
+        return forward(layout)["logps"]  # type: ignore[no-any-return]
+    except CannotPack:
+        raise
+    except Exception as error:
+        if not scorer.flex or scorer.device.type != "cuda":
+            raise
+        warnings.warn(f"flex_attention failed, attention is computed node by node: {error}", stacklevel=2)
+        scorer.flex = False
+        return forward(layout)["logps"]  # type: ignore[no-any-return]
+
+
+def trial_trees(tree: Tree) -> list[Tree]:
+    """Two trees of two completions each, unlike each other, of up to 64 tokens of a row."""
+    ids = np.concatenate([tree.prompt, tree.completions[0].ids])
+    ids = np.resize(ids, max(len(ids), 12))[:64]
+    prompt, rest = np.split(ids, [len(ids) // 2])
+    both = (Completion(rest), Completion(rest[::-1][1:]))
+    return [Tree(-1, prompt, both), Tree(-2, prompt[::-1][1:], both[::-1])]

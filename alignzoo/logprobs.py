@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from alignzoo.attention import tree_inputs
 from alignzoo.batch import Layout
 from alignzoo.errors import ModelError
+from alignzoo.head import HEAD_CHUNK, Scores, is_linear, linear_scores, token_stats
 
-HEAD_CHUNK = 256  # predicting positions per call of the head: 256 x V float32 logits is 50 MB for V = 49,152
-
-Scores = dict[str, Tensor]
+SCORER = 1  # of the numbers: another one where the same tokens and weights get other log-probs than rounding explains
 Inside = Callable[[Callable[[Any], Any]], Any]  # runs something with the model, see Engine.inside
 
 
@@ -41,6 +41,8 @@ class Scorer(nn.Module):
         self.model = model
         self.router_loss = router_loss
         self.home: torch.device | None = None  # where it computes, if its weights lie elsewhere (offload)
+        self.flex = False  # whether a GPU's flex_attention may compute packed rows, see attention.tree_inputs
+        self.linear: bool | None = None  # whether the head is a matrix and no more; found at the first rows
 
     @property
     def causal_lm(self) -> Any:
@@ -59,21 +61,28 @@ class Scorer(nn.Module):
             return run(self.model)
         assert layout is not None
         lm, device = self.causal_lm, self.device
-        attention_mask = _tensor(layout.attention_mask, device)
-        extra = {"output_router_logits": True} if self.router_loss else {}
-        outputs = _decoder(lm)(
-            input_ids=_tensor(layout.input_ids, device), attention_mask=attention_mask, use_cache=False, **extra
-        )
+        real = _tensor(layout.attention_mask, device)
+        options: dict[str, Any] = {"attention_mask": real}
+        if layout.nodes is not None:
+            options = tree_inputs(layout, device, self.flex)
+        if self.router_loss:
+            options["output_router_logits"] = True
+        outputs = _decoder(lm)(input_ids=_tensor(layout.input_ids, device), use_cache=False, **options)
         hidden = outputs[0]  # (S, L, H)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, _tensor(layout.source, device))  # (M, H)
-        columns = self._score_rows(_HeadOnly(lm), rows, _tensor(layout.target, device), stats, head_pieces(layout))
+        columns = self._score_rows(lm, rows, _tensor(layout.target, device), stats, head_pieces(layout))
         place, shape = _tensor(layout.place, device), layout.mask.shape
         scores = {name: _spread(values, place, shape) for name, values in columns.items()}
         if self.router_loss:
-            scores["router_loss"] = _router_loss(lm, outputs, attention_mask)
+            scores["router_loss"] = _router_loss(lm, outputs, real)
         return scores
 
-    def _score_rows(self, head: _HeadOnly, rows: Tensor, target: Tensor, stats: Collection[str], pieces: int) -> Scores:
+    def _score_rows(self, lm: Any, rows: Tensor, target: Tensor, stats: Collection[str], pieces: int) -> Scores:
+        head, matrix = _HeadOnly(lm), lm.get_output_embeddings()
+        if self.linear is None:
+            self.linear = is_linear(head, matrix, rows[:8])
+        if self.linear:
+            return linear_scores(rows, matrix, target, stats)
         parts = []
         for h, t in zip(_cut(rows, pieces), _cut(target, pieces), strict=True):
             if torch.is_grad_enabled():  # the logits are computed again in the backward pass, never kept
@@ -173,27 +182,7 @@ def _chunk_scores(head: _HeadOnly, rows: Tensor, target: Tensor, stats: Collecti
     logits = logits if logits.dtype == torch.float64 else logits.float()
     normaliser = logits.logsumexp(-1)  # (m,)
     scores = {"logps": logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - normaliser}
-    if stats:
-        with torch.no_grad():
-            logps = logits.detach() - normaliser.detach().unsqueeze(-1)  # (m, V)
-            for name in stats:
-                scores[name] = _STATS[name](logps, target)
-    return scores
-
-
-def _entropy(logps: Tensor, _: Tensor) -> Tensor:
-    return -(logps.exp() * logps).sum(-1)
-
-
-def _log_sum_sq_probs(logps: Tensor, _: Tensor) -> Tensor:
-    return (2 * logps).logsumexp(-1)
-
-
-def _is_top1(logps: Tensor, target: Tensor) -> Tensor:
-    return logps.argmax(-1) == target
-
-
-_STATS = {"entropy": _entropy, "log_sum_sq_probs": _log_sum_sq_probs, "is_top1": _is_top1}
+    return scores | token_stats(logits.detach(), normaliser.detach(), target, stats)
 
 
 def _spread(values: Tensor, place: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -217,7 +206,8 @@ def check_scorer(scorer: Scorer, layout: Layout, inside: Inside | None = None) -
         logits = logits.reshape(-1, logits.shape[-1]).index_select(0, _tensor(layout.source, device))
         found.add(logits.dtype)
         plain = logits.float().log_softmax(-1).gather(-1, _tensor(layout.target, device).unsqueeze(-1)).squeeze(-1)
-        ours = scorer.forward(layout)["logps"].reshape(-1).index_select(0, _tensor(layout.place, device))
+        # not scorer.forward, which accelerate wraps: entered twice, its autocast would never be left
+        ours = Scorer.forward(scorer, layout)["logps"].reshape(-1).index_select(0, _tensor(layout.place, device))
         worst: Tensor = (plain - ours.float()).abs().max()
         return worst
 

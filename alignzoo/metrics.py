@@ -18,7 +18,8 @@ from alignzoo.objective import log_probs_of
 TIE = 1e-3  # what is nearer to 0 than this counts as half right: with policy == reference it is rounding noise
 RESERVED = frozenset({
     "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "memory", "step", "epoch", "units",
-    "padding_fraction", "router_loss", "seconds", "skipped_steps",
+    "padding_fraction", "shared_fraction", "router_loss", "seconds", "skipped_steps",
+    "reference/drift", "reference/drift_mean",
 })  # fmt: skip
 RESERVED_PREFIXES = ("eval_", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/", "pairs/")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignzoo.api import LossOutput
-from alignzoo.batch import Layout, padded_layout
+from alignzoo.batch import PADDED, Layout, Way
 from alignzoo.errors import RunError
 from alignzoo.logprobs import head_pieces
 from alignzoo.metrics import Accumulator, Table
@@ -61,21 +61,22 @@ class Round:
     tiny: Tree  # what it forwards then
     everyone: tuple[Keys, ...]  # which completions each rank forwards
     pieces: int  # into which each rank's head cuts its tokens: under ZeRO-3 each is a collective too
+    way: Way = PADDED
 
     @cached_property
     def layout(self) -> Layout:
-        layout = padded_layout([self.tiny]) if self.mine is None else self.mine.layout
+        layout = self.way.layout([self.tiny]) if self.mine is None else self.mine.layout
         return replace(layout, pieces=self.pieces)
 
 
-def rounds_of(ranks: Sequence[Sequence[MicroBatch]], rank: int) -> list[Round]:
+def rounds_of(ranks: Sequence[Sequence[MicroBatch]], rank: int, way: Way = PADDED) -> list[Round]:
     """The micro-batches of each rank as rounds, for `rank`. Every rank gets the same number."""
     tiny = tiny_tree(next(m for of_rank in ranks for m in of_rank).trees[0])
     found = []
     for i in range(max(len(of_rank) for of_rank in ranks)):
         everyone = tuple(of_rank[i].layout.keys if i < len(of_rank) else () for of_rank in ranks)
         pieces = max(head_pieces(of_rank[i].layout) for of_rank in ranks if i < len(of_rank))
-        found.append(Round(ranks[rank][i] if i < len(ranks[rank]) else None, tiny, everyone, pieces))
+        found.append(Round(ranks[rank][i] if i < len(ranks[rank]) else None, tiny, everyone, pieces, way))
     return found
 
 
@@ -96,7 +97,7 @@ def memory_in_words(when: str, round: Round, budget: int) -> Iterator[None]:
         longest = max(t.tokens for t in tokens)
         raise RunError(
             f"{when}: no memory left for a micro-batch of {layout.positions} positions "
-            f"({layout.input_ids.shape[0]} sequences, the longest row has {longest} tokens)",
+            f"({layout.mask.shape[0]} completions, the longest row has {longest} tokens)",
             why=str(error).splitlines()[0],
             fix=f"lower engine.tokens_per_device (now {budget}); engine.gradient_checkpointing = true; [model.lora]; "
             "lower data.max_length if single rows are the problem; engine.zero and its offload on several GPUs",

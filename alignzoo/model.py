@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignzoo.errors import ModelError
+from alignzoo.hashes import remembered_hash as hash_file
 from alignzoo.progress import Say
 from alignzoo.recipe import LoRA, Model
-from alignzoo.rundir import hash_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -274,11 +274,11 @@ def hash_weights(where: Location) -> dict[str, str]:
         return hash_weights(where.base) | {adapter.name: hash_file(adapter)}
     if where.gguf is not None:
         return {where.gguf: hash_file(Path(where.path) / where.gguf)}
-    folder = Path(where.path) if not where.is_hub else _snapshot(where)
+    folder = Path(where.path) if not where.is_hub else snapshot_folder(where)
     return {} if folder is None else {p.name: hash_file(p) for p in sorted(folder.glob("*.safetensors"))}
 
 
-def _snapshot(where: Location) -> Path | None:
+def snapshot_folder(where: Location) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:

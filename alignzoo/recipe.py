@@ -56,8 +56,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Reference:
-    mode: Literal["auto", "live"] = setting(
-        "auto", "auto: adapter off under LoRA if the reference is its base, else a frozen copy; live: a frozen copy"
+    mode: Literal["auto", "cache", "live"] = setting(
+        "auto",
+        "auto: adapter off under LoRA if the reference is its base, a frozen copy where it moves, else the cache; "
+        "cache: log-probs computed once and kept on disk, see cache.md; live: a frozen copy",
     )
     path: str | None = setting(None, "reference model, as model.path; the start model if not given")
     revision: str | None = setting(None, "branch, tag or commit of reference.path on the hub")
@@ -125,6 +127,12 @@ class Train:
 class Engine:
     tokens_per_device: int | None = setting(
         None, "positions forwarded at once, padding included; 2048 on a CPU, 8192 on a GPU if not given", ge=1
+    )
+    packing: Literal["auto", "on", "off"] = setting(
+        "auto", "rows without padding; auto: where the model can, else padded, with the reason said"
+    )
+    prefix_sharing: Literal["auto", "on", "off"] = setting(
+        "auto", "a prompt forwarded once for all its completions; needs packing; auto: where the model can"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "of the computation; auto: bf16 on a GPU that has it, else fp32"
@@ -348,7 +356,11 @@ def _sense_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("eval", "patience"), "patience for what? name eval.best_metric")
     if recipe.eval.patience is not None and recipe.eval.every_steps is None:
         yield Problem(("eval", "patience"), "there is one evaluation only: set eval.every_steps")
+    if recipe.engine.prefix_sharing == "on" and recipe.engine.packing == "off":
+        yield Problem(("engine", "prefix_sharing"), "a prompt is shared in a packed row only: packing is off")
     if recipe.reference.sync_every_steps is not None:
+        if recipe.reference.mode == "cache":
+            yield Problem(("reference", "mode"), "sync_every_steps moves the reference: nothing of it can be kept")
         if recipe.model.lora is not None:
             yield Problem(("reference", "sync_every_steps"), "needs whole weights to move: remove [model.lora]")
         if recipe.reference.path is not None:

@@ -1,11 +1,17 @@
-"""The reference model: which one, in words, and its log-probs, behind one interface."""
+"""The reference model: which one, in words, and its log-probs, behind one interface.
+
+Log-probs come from a model that is kept (frozen, or the policy with its adapter off), or from a table that was filled
+before training (see precompute.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,25 +25,29 @@ from alignzoo.recipe import Recipe
 class ReferencePlan:
     """How the reference is had, decided from the recipe and the loss before any weight is loaded."""
 
-    kind: Literal["none", "adapter_off", "frozen"]
+    kind: Literal["none", "adapter_off", "frozen", "cached"]
     words: str
 
 
 def plan_reference(recipe: Recipe, loss: Loss, *, live_model: bool = False) -> ReferencePlan:
-    """None when the loss needs none; adapter off under LoRA when the reference is the base; else a frozen copy."""
+    """None when the loss needs none; adapter off under LoRA when the reference is the base; a frozen copy where it
+    moves or the recipe asks for one; else log-probs from the cache.
+    """
     if not loss.needs_reference:
         return ReferencePlan("none", f'none: "{loss.name}" needs no reference with these settings')
     start = "the model given" if live_model else recipe.model.path
-    path = recipe.reference.path
-    if path is not None:
-        return ReferencePlan("frozen", f"a frozen model of its own: {path}")
+    path, mode = recipe.reference.path, recipe.reference.mode
     every = recipe.reference.sync_every_steps
     if every is not None:
         how = f"moved {recipe.reference.sync_alpha:g} of the way to the policy every {every} steps"
         return ReferencePlan("frozen", f"a copy of the start model {start}, {how}")
-    if recipe.model.lora is not None and recipe.reference.mode == "auto":
+    if recipe.model.lora is not None and mode == "auto" and path is None:
         return ReferencePlan("adapter_off", f"adapter switched off: the base model {start}")
-    return ReferencePlan("frozen", f"a frozen copy of the start model {start}")
+    if mode == "live":
+        whose = f"model of its own: {path}" if path else f"copy of the start model {start}"
+        return ReferencePlan("frozen", f"a frozen {whose}")
+    whose = f"a model of its own, {path}" if path else f"the start model {start}"
+    return ReferencePlan("cached", f"{whose}: its log-probs from the cache, or computed once before training")
 
 
 class Reference(Protocol):
@@ -54,6 +64,14 @@ class Passes(Protocol):
 
     @property
     def everyone(self) -> Sequence[Sequence[tuple[int, int]]]: ...
+
+
+class Scores(Protocol):
+    """Gives the log-probs of this rank's part of a pass, (N, T)."""
+
+    def score(self, passes: Passes) -> Tensor: ...
+
+    def forget(self) -> None: ...
 
 
 class FrozenReference:
@@ -101,7 +119,7 @@ class Remembering:
         if all(key in seen for seen, keys in zip(self.seen, passes.everyone, strict=True) for key in keys):
             return self._from_memory(passes)
         layout = passes.layout
-        table, lengths = self.inner.score(layout), _lengths(layout)
+        table, lengths = self.inner.score(layout), lengths_of(layout)
         for seen, keys in zip(self.seen, passes.everyone, strict=True):
             seen.update(keys)
         if passes.everyone[self.rank]:
@@ -121,10 +139,38 @@ class Remembering:
         self.seen = [set() for _ in self.seen]
 
 
-def _lengths(layout: Layout) -> list[int]:
+class Cached:
+    """Log-probs that were computed before training, all of them in memory: no model is forwarded."""
+
+    def __init__(
+        self,
+        first: Mapping[int, int],
+        starts: npt.NDArray[np.int64],
+        values: npt.NDArray[np.float32],
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        """first: for each row of the data set the number of its first completion
+
+        starts: (C + 1,) where the tokens of each completion begin in `values`; values: (tokens,)
+        """
+        self.first, self.starts, self.values, self.rank, self.device = first, starts, values, rank, device
+
+    def score(self, passes: Passes) -> Tensor:
+        table, lengths = np.zeros(passes.layout.mask.shape, np.float32), lengths_of(passes.layout)
+        for n, (row, slot) in enumerate(passes.everyone[self.rank]):
+            number = self.first[row] + slot
+            own = self.values[self.starts[number] : self.starts[number + 1]]
+            assert len(own) == lengths[n]  # of the rows that the table was made for
+            table[n, : len(own)] = own
+        return torch.from_numpy(table).to(self.device, non_blocking=True)
+
+    def forget(self) -> None:
+        """Nothing: the reference does not move."""
+
+
+def lengths_of(layout: Layout) -> list[int]:
     """Tokens of each completion, counted or not, (N,)."""
-    width = layout.mask.shape[1]
-    counts = [0] * layout.mask.shape[0]
-    for place in layout.place.tolist():
-        counts[place // width] += 1
-    return counts
+    rows, width = layout.mask.shape
+    found: list[int] = np.bincount(layout.place // width, minlength=rows).tolist()
+    return found

@@ -24,10 +24,11 @@ from alignzoo.data.tokenise import prompt_ids
 from alignzoo.data.watch import Watch
 from alignzoo.engine import Engine, Record
 from alignzoo.errors import AlignzooError
-from alignzoo.loading import check_head, load_models
+from alignzoo.loading import check_head, choose_layout, load_models
 from alignzoo.logprobs import Scorer
 from alignzoo.model import from_anywhere, load_model, locate, save_model
 from alignzoo.place import Place, start_or_resume
+from alignzoo.precompute import Precompute
 from alignzoo.progress import sayer
 from alignzoo.recipe import Recipe, load_recipe
 from alignzoo.report import Sample, figures_table, finish, samples_table, summary
@@ -84,9 +85,11 @@ def run(
     with ExitStack() as held:
         place = start_or_resume(job, accelerator, resume, command, started, say, held)
         dog = held.enter_context(Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path))
+        reference = Precompute(job, accelerator, console)
         policy, frozen = load_models(job, accelerator, say)
         engine = _engine(job, policy, frozen, accelerator, place, console)
         engine.beat = dog.beat
+        reference.run(engine, place.reader.step if place.reader is not None else 0)
         result = Training(job, engine, place, console, dog).run()
         accelerator.wait_for_everyone()
     engine.holder.close()
@@ -137,11 +140,12 @@ def _engine(
 
     engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=sink)
     check_head(job, engine)
+    say(choose_layout(recipe, engine, job.data.train[0], recipe.data.max_length))
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     source = "engine.tokens_per_device" if recipe.engine.tokens_per_device else f"the default for {engine.device.type}"
     ranks = f"{engine.ranks} processes, ZeRO stage {recipe.engine.zero}, " if engine.ranks > 1 else ""
     say(f"engine: {ranks}{engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
-    large = job.data.rows_over(engine.budget)
+    large = job.data.rows_over(engine.budget, packed=engine.way.packed, shared=engine.way.shared)
     if large:
         say(f"{large} rows have more positions than that: each runs alone, in more memory")
     if job.loss.has_prepare and job.loss.prepare_pass:

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from alignzoo.recipe import SECTIONS
 from alignzoo.tables import reference_in_words
 
 DOCS = Path(__file__).resolve().parent
+LAYOUTS = DOCS.parent / "tests" / "layouts_of_models.py"
 EXAMPLE = DOCS.parent / "tests" / "fixtures_plugins" / "alignzoo_ipo2.py"
 WIDTH = 100  # columns of the --help pages
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -167,6 +169,11 @@ def reasons() -> list[str]:
     return table(("reason", "meaning"), [(code(reason), words) for reason, words in REASONS.items()])
 
 
+def layouts() -> list[str]:
+    """What `auto` makes of the rows of tiny models of many classes, as the tests hold it."""
+    return table(("model", "rows"), list(runpy.run_path(str(LAYOUTS))["EXPECTED"].items()))
+
+
 def example() -> list[str]:
     """The plugin that the tests load."""
     return ["```python", EXAMPLE.read_text(encoding="utf-8").rstrip("\n"), "```"]
@@ -192,7 +199,7 @@ def verified_row(record: Mapping[str, Any]) -> Sequence[str]:
 
 PARTS: dict[str, Callable[[], list[str]]] = {
     "sections": sections, "losses": losses, "commands": commands, "formats": formats, "reasons": reasons,
-    "example": example, "verified": verified,
+    "example": example, "layouts": layouts, "verified": verified,
 }  # fmt: skip
 
 

@@ -30,7 +30,9 @@ from test_losses_steps import labelled_trees
 import alignzoo
 from alignzoo import sharding
 from alignzoo.engine import Engine
-from alignzoo.logprobs import HEAD_CHUNK, Scorer
+from alignzoo.head import HEAD_CHUNK
+from alignzoo.loading import choose_layout
+from alignzoo.logprobs import Scorer
 from alignzoo.model import add_adapter
 from alignzoo.recipe import LoRA
 from alignzoo.reference import ReferencePlan
@@ -91,6 +93,8 @@ def train(loss: str, lora: bool, rows: int, tied: bool, overrides: Mapping[str, 
         recipe, made, scorer, ReferencePlan(kind, ""), frozen if kind == "frozen" else None, accelerator,
         console=Console(file=io.StringIO()), sink=records.append,
     )  # fmt: skip
+    if recipe.engine.packing == "on":
+        choose_layout(recipe, engine, trees[0], 512)
     held_out = [replace(t, row=1000 + t.row) for t in trees[:7]]
     engine.fit(trees, held_out)
     parts = [

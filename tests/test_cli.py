@@ -291,7 +291,8 @@ def test_check_says_what_a_run_would_do(tiny_folder: Path, tmp_path: Path) -> No
     text = " ".join(result.stdout.split())
     for part in (
         f"loss: dpo (alignzoo {alignzoo.__version__}) on pairs: beta = 0.25",
-        "reference: a frozen copy of the start model",
+        "reference: the start model",
+        "from the cache, or computed once before training",
         "200 rows of format pairs, 200 kept",
         "steps: 4 of 50 examples (1 epoch(s)) over 200 training rows; 64 held out",
         "dropout: off",

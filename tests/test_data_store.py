@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignzoo.batch import Way
 from alignzoo.data.store import COLUMNS, Damaged, Packed, Store, StoreWriter, Trees, packed_mask
 from alignzoo.errors import DataError
 from alignzoo.tree import Completion, Tree
@@ -243,6 +244,8 @@ def test_facts_of_the_columns_are_those_of_the_trees(stores: list[Store]) -> Non
     assert trees.positions.tolist() == [
         len(tree.completions) * (len(tree.prompt) + n) for tree, n in zip(rows, longest, strict=True)
     ]
+    for way in (Way(packed=True), Way(packed=True, shared=True)):
+        assert trees.packed_positions(way.shared).tolist() == [way.positions([tree]) for tree in rows]
 
 
 def test_no_rows_at_all(stores: list[Store]) -> None:

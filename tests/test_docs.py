@@ -81,6 +81,7 @@ def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
     """And what was written by hand around the part is kept."""
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("img", "__pycache__"))
     shutil.copytree(REPO / "tests/fixtures_plugins", tmp_path / "tests/fixtures_plugins")
+    shutil.copy(REPO / "tests/layouts_of_models.py", tmp_path / "tests")
     target = tmp_path / "docs/recipes.md"
     subprocess.run([sys.executable, tmp_path / "docs/generate.py"], check=True, capture_output=True, timeout=60)
     current = target.read_text()

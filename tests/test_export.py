@@ -365,4 +365,4 @@ def test_it_takes_the_memory_of_the_model_once(tmp_path: Path, tiny_folder: Path
     words = [str(run) for run in (runs[0], runs[2], runs[3], tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=True)
     whole, rounded, lora = (int(word) / size for word in done.stdout.splitlines()[-1].split())
-    assert 0.8 < whole < 1.2 and 0.4 < rounded < 0.7 and 0.8 < lora < 1.2, (whole, rounded, lora)
+    assert 0.8 < whole < 1.2 and 0.4 < rounded < 0.7 and 0.8 < lora < 1.4, (whole, rounded, lora)

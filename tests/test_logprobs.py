@@ -12,7 +12,8 @@ from conftest import VOCABULARY, make_trees, tiny_llama
 
 from alignzoo.batch import Layout, padded_layout
 from alignzoo.errors import ModelError
-from alignzoo.logprobs import HEAD_CHUNK, Scorer, check_scorer, is_mixture_of_experts
+from alignzoo.head import HEAD_CHUNK
+from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
 from alignzoo.model import set_dropout
 from alignzoo.tree import Completion, Tree
 
@@ -97,7 +98,8 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = padded_layout(make_trees(6, longest=20))
     assert len(layout.target) < HEAD_CHUNK
     whole = scorer(layout)["logps"]
-    monkeypatch.setattr("alignzoo.logprobs.HEAD_CHUNK", 7)
+    for name in ("head", "logprobs"):
+        monkeypatch.setattr(f"alignzoo.{name}.HEAD_CHUNK", 7)
     assert (scorer(layout)["logps"] - whole).abs().max() < 1e-12
 
 

@@ -26,7 +26,7 @@ from alignzoo.recipe import load_recipe
 from alignzoo.tree import Completion, Tree
 
 FAST: dict[str, Any] = {"train__learning_rate": 4.0}  # a large step, of which float32 weights keep more digits
-UNSTABLE = {"tokens_per_second", "memory", "padding_fraction"}
+UNSTABLE = {"tokens_per_second", "memory", "padding_fraction", "shared_fraction"}
 LOSSES = {
     "ipo": lambda: IPO(tau=0.3),
     "ipo sum": lambda: IPO(tau=0.3, reduction="sum"),

@@ -19,7 +19,7 @@ import torch
 from ranks_worker import LOSSES, STEPS, case
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
-OF_THE_MACHINE = {"tokens_per_second", "memory", "padding_fraction", "eval_runtime"}
+OF_THE_MACHINE = {"tokens_per_second", "memory", "padding_fraction", "shared_fraction", "eval_runtime"}
 ACCURACIES = ("accuracies", "ties", "odd")  # of few rows: what is near a tie may fall on either side
 TOLERANCES = {"loss": 2e-6, "eval_loss": 2e-6, "grad_norm": 1e-5}
 REST = 2e-5  # sums of many log-probs, and their differences
@@ -90,6 +90,15 @@ def test_two_ranks_at_every_stage_are_one_process(plain: list[Found], tmp_path: 
     found = train([one for stage in stages for one in stage], 2, tmp_path)
     for i, one in enumerate(found):
         assert_same(one, plain[i % len(FAST)], (i // len(FAST), FAST[i % len(FAST)]))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_with_token_trees_are_one_process_with_padded_rows(plain: list[Found], tmp_path: Path) -> None:
+    stages = [with_zero(FAST, engine__zero=zero, engine__packing="on") for zero in (0, 3)]
+    found = train([one for stage in stages for one in stage], 2, tmp_path)
+    for i, one in enumerate(found):
+        assert_same(one, plain[i % len(FAST)], (i // len(FAST), FAST[i % len(FAST)]))
+        assert all(record["padding_fraction"] == 0 for record in one["records"] if "padding_fraction" in record)
 
 
 @pytest.mark.parametrize("zero", [0, 2])

@@ -65,11 +65,13 @@ def weights_of(folder: Path) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_a_run_leaves_all_its_files(recipe_file: Path, tiny_folder: Path) -> None:
+def test_a_run_leaves_all_its_files(recipe_file: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = alignzoo.run(recipe_file)
+    assert "layout: token trees (prompts shared, no padding)" in capsys.readouterr().out
     assert {p.name for p in result.run_dir.iterdir()} == EARLY | LATE
     records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], "eval_loss" in r) for r in records] == [(0, True), (1, False), (2, False), (2, True)]
+    assert (records[1]["padding_fraction"], records[1]["shared_fraction"] > 0.1) == (0, True)
     manifest = json.loads((result.run_dir / "manifest.json").read_text())
     assert manifest["plugins"][0]["distribution"] == "alignzoo"
     assert len(manifest["data"]) == 2

@@ -223,7 +223,8 @@ def test_kto_is_trls(kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Engine, "fit", lambda self, train, *rest: real(self, rotated(list(train)), *rest))
     loss = {"name": "kto", "beta": 0.05, "desirable_weight": 1.5, "undesirable_weight": 0.8,
             "baseline": "mismatched" if kind == "kto" else "none"}  # fmt: skip
-    changes = {"reference.path": str(tmp_path / "reference")}
+    # live: the rows are changed on their way to the engine, after log-probs would have been computed
+    changes = {"reference.path": str(tmp_path / "reference"), "reference.mode": "live"}
     mine = ours(loss, copy.deepcopy(model), copy.deepcopy(tokenizer), labelled_rows(), tmp_path, changes)
     whole = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
     options = KTOConfig(

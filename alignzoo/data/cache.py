@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignzoo.data.store import Damaged, Store, StoreWriter
+from alignzoo.data.store import Damaged, Store, StoreWriter, rows_of
 from alignzoo.data.writing import Template
 from alignzoo.errors import DataError
 from alignzoo.progress import Say
@@ -44,15 +44,20 @@ _CHOICES = ("train", "eval", "eval_fraction")  # of [data]: made among rows that
 _IN_WORDS = {"name": "", "source": ""}  # of a template: for messages, no row depends on them
 
 
-def cache_folder() -> Path:
-    """Where prepared data is kept. Raises RuntimeError where "~" stands for no folder."""
+def base_folder() -> Path:
+    """The folder of all that alignzoo keeps between runs. Raises RuntimeError where "~" stands for no folder."""
     named = os.environ.get("ALIGNZOO_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "alignzoo"
-    return Path(named or base).expanduser().absolute() / "data"
+    return Path(named or base).expanduser().absolute()
 
 
-def _limit() -> float:
-    """Bytes that the cache may have."""
+def cache_folder() -> Path:
+    """Where prepared data is kept. Raises RuntimeError where "~" stands for no folder."""
+    return base_folder() / "data"
+
+
+def size_limit() -> float:
+    """Bytes that each folder of the cache may have."""
     text = os.environ.get("ALIGNZOO_CACHE_GB", "")
     try:
         gigabytes = float(text) if text else _DEFAULT_GB
@@ -67,7 +72,7 @@ class DataCache:
     """Finds and makes stores. `say` gets a line where something is not as it should be, was waited for or removed."""
 
     def __init__(self, say: Say) -> None:
-        self._say, self._limit = say, _limit()
+        self._say, self._limit = say, size_limit()
         self._in_use: set[Path] = set()  # entries of this run are not removed
         self._off = "" if self._limit else "ALIGNZOO_CACHE_GB = 0"  # why nothing is kept, as far as is known
         self._said = False
@@ -173,6 +178,50 @@ class DataCache:
                 self._remove(path)
                 self._say(f"removed prepared data that was not used for the longest time: {path} ({size / 1e9:.3g} GB)")
                 excess -= size
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A store in the cache."""
+
+    path: Path
+    rows: int
+    size: int  # bytes
+    used: float  # seconds since 1970
+
+
+def kept_data() -> list[Entry]:
+    """All stores in the cache, the last used first."""
+    found = []
+    for path in (p for p in cache_folder().glob("*") if p.is_dir() and not p.name.startswith(_ASIDE)):
+        with contextlib.suppress(OSError):  # removed by another process
+            size = sum(p.stat().st_size for p in path.iterdir())
+            found.append(Entry(path, rows_of(path), size, path.stat().st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def damage_of(path: Path) -> str:
+    """What is wrong with a store in the cache, "" where every byte of it is as it was written."""
+    try:
+        Store(path, path.name, key=path.name)
+    except (Damaged, OSError) as error:
+        return str(error)
+    return ""
+
+
+def remove_data(path: Path) -> None:
+    """Removes a store. Who has it open keeps its rows."""
+    aside = path.with_name(f"{_ASIDE}{secrets.token_hex(8)}")
+    with contextlib.suppress(OSError), _removed(aside):
+        path.rename(aside)
+
+
+def prune_data(limit: float, say: Say) -> None:
+    """Removes stores that were not used for the longest time, until what stays is within so many bytes."""
+    cache = DataCache(say)
+    cache._limit = limit
+    if cache.folder.is_dir():
+        cache._prune()
 
 
 def _filled(folder: Path, key: str, name: str, fill: Callable[[StoreWriter], Mapping[str, Any]]) -> Store:

@@ -61,9 +61,10 @@ class Prepared:
         """A training row with as few tokens as any."""
         return self.train[self.train.shortest]
 
-    def rows_over(self, positions: int) -> int:
-        """How many rows forward more positions than that where they run alone."""
-        return sum(int((trees.positions > positions).sum()) for trees in (self.train, self.eval))
+    def rows_over(self, positions: int, *, packed: bool = False, shared: bool = False) -> int:
+        """How many rows forward more positions than that where they run alone, laid out in this way."""
+        found = (t.packed_positions(shared) if packed else t.positions for t in (self.train, self.eval))
+        return sum(int((of_rows > positions).sum()) for of_rows in found)
 
 
 def prepare(

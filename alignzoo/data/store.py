@@ -239,6 +239,14 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def rows_of(folder: Path) -> int:
+    """The rows of a store, without looking at them; 0 of a damaged one."""
+    try:
+        return int(_read_meta(folder)["rows"])
+    except (Damaged, OSError, KeyError):
+        return 0
+
+
 def _check(folder: Path, meta: Mapping[str, Any], key: str) -> None:
     if meta["key"] != key:
         raise Damaged("it was made from something else")
@@ -365,6 +373,11 @@ class Trees(Sequence[Tree]):
     def positions(self) -> Numbers:
         """Positions that each row forwards where it runs alone, its mismatched completion apart, (rows,)."""
         return np.asarray(self.completions * (self.prompt_lengths + self.column("longest")))
+
+    def packed_positions(self, shared: bool) -> Numbers:
+        """The same without padding; shared: with its prompt once for all its completions, (rows,)."""
+        repeated = 0 if shared else self.prompt_lengths * (self.completions - 1)
+        return np.asarray(self.column("total").astype(np.int64) + repeated)
 
 
 def joined(stores: Iterable[Store], name: str) -> Column:
