@@ -14,6 +14,7 @@ from alignzoo.api import (
     Metric,
     NoSettings,
     Pairs,
+    Reward,
     SequenceStats,
     Step,
     metric,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AlignzooError", "Demonstrations", "Groups", "Labelled", "LogProbs", "Loss", "LossOutput", "Metric", "NoSettings",
-    "Pairs", "Recipe", "Result", "SequenceStats", "Step", "hookimpl", "load_recipe", "metric", "run", "setting",
+    "Pairs", "Recipe", "Result", "Reward", "SequenceStats", "Step", "hookimpl", "load_recipe", "metric", "run",
+    "setting",
 ]  # fmt: skip
 
 _LATE = {"load_recipe": "recipe", "Recipe": "recipe", "run": "runner", "Result": "runner"}

@@ -1,4 +1,4 @@
-"""The contract between alignzoo and a loss: what a loss gets, what it gives back, what it must declare.
+"""The contract between alignzoo and a loss: what a loss gets, what it gives back, what it must declare. And a reward's.
 
 A loss is pure: it turns log-probabilities into numbers per example or per token. It sees no model, no padding, no
 ranks and no micro-batches, and it never divides by a number of examples: the engine divides the sum of each term by the
@@ -10,7 +10,7 @@ counts prompts and N all their completions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTRACT", "KINDS", "TOKEN_STATS", "Batch", "Demonstrations", "Groups", "Labelled", "LogProbs", "Loss",
-    "LossOutput", "Metric", "NoSettings", "Pairs", "SequenceStats", "Step", "Term", "metric", "setting",
+    "LossOutput", "Metric", "NoSettings", "Pairs", "Reward", "SequenceStats", "Step", "Term", "metric", "setting",
 ]  # fmt: skip
 
 CONTRACT = 1
@@ -249,7 +249,31 @@ class NoSettings:
     """For a loss without settings."""
 
 
-class Loss:
+class _Configured:
+    """What losses and rewards share: they are made from their settings, which are checked then."""
+
+    name: str
+    Settings: type[Any]
+    settings: Any
+    _kind: ClassVar[str]
+
+    def __init__(self, settings: Any = None, /, **values: Any) -> None:
+        """From a Settings instance, or from its fields by name. Out of bounds raises PluginError."""
+        if settings is not None and values:
+            raise TypeError("give a Settings instance or its fields by name, not both")
+        who = f'{self._kind} "{self.name}"'
+        try:
+            self.settings = type(self).Settings(**values) if settings is None else settings
+        except TypeError as error:
+            raise PluginError(f"{who}: {error}") from error
+        if not isinstance(self.settings, type(self).Settings):
+            raise PluginError(f"{who}: settings are a {type(self.settings).__name__}, not its Settings")
+        problems = check_instance(self.settings)
+        if problems:
+            raise PluginError(f"{who}: " + "; ".join(p.message for p in problems))
+
+
+class Loss(_Configured):
     """An alignment loss. Subclass it, declare the four attributes below, write `__call__`.
 
     Declared by every class for itself, nothing of it is inherited:
@@ -269,9 +293,8 @@ class Loss:
       prepare          see below; None: not used
     """
 
-    name: str
     data: str
-    Settings: type[Any]
+    _kind = "loss"
 
     if TYPE_CHECKING:  # read-only, so that a class may declare a bool or a property
 
@@ -294,22 +317,6 @@ class Loss:
     invariances: ClassVar[frozenset[str]] = frozenset()
     token_stats: ClassVar[frozenset[str] | set[str]] = frozenset()
 
-    settings: Any
-
-    def __init__(self, settings: Any = None, /, **values: Any) -> None:
-        """From a Settings instance, or from its fields by name. Out of bounds raises PluginError."""
-        if settings is not None and values:
-            raise TypeError("give a Settings instance or its fields by name, not both")
-        try:
-            self.settings = type(self).Settings(**values) if settings is None else settings
-        except TypeError as error:
-            raise PluginError(f'loss "{self.name}": {error}') from error
-        if not isinstance(self.settings, type(self).Settings):
-            raise PluginError(f'loss "{self.name}": settings are a {type(self.settings).__name__}, not its Settings')
-        problems = check_instance(self.settings)
-        if problems:
-            raise PluginError(f'loss "{self.name}": ' + "; ".join(p.message for p in problems))
-
     def __call__(self, batch: Any) -> LossOutput:
         """The loss of a batch of the declared kind. Pure: no state, no model, no division by a batch size."""
         raise NotImplementedError
@@ -330,3 +337,46 @@ class Loss:
     @property
     def has_prepare(self) -> bool:
         return type(self).prepare is not Loss.prepare
+
+
+Values = Sequence[float | Exception | None]
+
+
+class Reward(_Configured):
+    """Tells how good completions are. Subclass it, declare `name` and `Settings`, write `__call__`.
+
+    Declared by every class for itself:
+      name      the name in recipes, e.g. "exact"
+      Settings  a frozen dataclass of `setting(...)` fields, or NoSettings
+
+    Optional:
+      columns   names of the columns of the rows that it cannot do without; or a property that reads self.settings
+      start     loads what it needs, e.g. a model
+
+    A plain function serves too: its keyword-only parameters with defaults are its settings, and the parameters after
+    the first two are columns that it cannot do without.
+    """
+
+    _kind = "reward"
+
+    if TYPE_CHECKING:  # read-only, so that a class may declare a tuple or a property
+
+        @property
+        def columns(self) -> Sequence[str]: ...
+
+    else:
+        columns = ()
+
+    def start(self, device: Any) -> str | None:
+        """Called once, on every rank, before the first call. What it returns is a line for the user."""
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> Values | Awaitable[Values]:
+        """One value for each completion; it may be `async`.
+
+        prompts: N strings or lists of messages; completions: N decoded answers; columns: all other columns of the
+        rows, N values each. A value is a number; None where the reward does not apply; or an exception where it failed.
+        It must not depend on the other completions of the call: calls are cut by prompt and by rank.
+        """
+        raise NotImplementedError

@@ -21,6 +21,7 @@ from alignzoo.errors import ModelError
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
 from alignzoo.progress import Say, sayer
 from alignzoo.recipe import Recipe, problems_error
+from alignzoo.rewards import Rewards, make_rewards
 from alignzoo.schema import Problem, show
 from alignzoo.tree import Tree
 
@@ -45,6 +46,7 @@ class Job:
     recipe: Recipe
     info: LossInfo
     loss: Loss
+    rewards: Rewards
     registry: Registry
     reference: ReferencePlan
     location: Any  # model.Location, or None for a model given from Python
@@ -74,7 +76,12 @@ def make_job(
     for warning in registry.warnings:
         say(f"WARNING: {warning}")
     info, loss = find_loss(recipe, registry)
+    rewards = make_rewards(recipe, registry, say)
     say(f"loss: {describe_loss(info, loss)}")
+    for line in rewards.describe():
+        say(f"reward: {line}")
+    if len(rewards) and loss.data != "groups":
+        say(f"WARNING: [[rewards]] is without effect: {info.name} learns from {loss.data}, not from its own answers")
     from alignzoo.reference import plan_reference  # torch: a misspelt loss is told before it is imported
 
     reference = plan_reference(recipe, loss, live_model=live.model is not None)
@@ -109,7 +116,7 @@ def make_job(
     pairs = _held_out_pairs(recipe, loss, tokenizer, data, live, say)
     say(describe_steps(recipe, data, steps))
     _warn(recipe, loss, tokenizer, say)
-    return Job(recipe, info, loss, registry, reference, location, tokenizer, data, steps, live, pairs)
+    return Job(recipe, info, loss, rewards, registry, reference, location, tokenizer, data, steps, live, pairs)
 
 
 def _in_memory(live: Live) -> Live:

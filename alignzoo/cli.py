@@ -71,7 +71,7 @@ def _resume_apart(args: list[str]) -> list[str]:
 def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-                     help="A Python file with a loss plugin that is not installed. May be repeated."),
+                     help="A Python file with a plugin that is not installed. May be repeated."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                      help="Override a key, e.g. train.learning_rate=1e-5. May be repeated."),
     ):  # fmt: skip
@@ -121,6 +121,7 @@ def run(
     from alignzoo.check import find_loss
     from alignzoo.plugins import discover
     from alignzoo.recipe import load_recipe
+    from alignzoo.rewards import make_rewards
     from alignzoo.zero import check_zero
 
     many = processes or gpus or (None if hostfile else Rank.here().world)
@@ -128,6 +129,7 @@ def run(
     registry = discover(plugins)
     for recipe in loaded:
         find_loss(recipe, registry)
+        make_rewards(recipe, registry)
         check_zero(recipe, ranks=many)
     going_on = _find_run(loaded, resume)
     code = _launch(context.meta["words"], [r.engine.device for r in loaded], processes, gpus, hostfile)
@@ -285,6 +287,20 @@ def losses(as_json: bool, plugins: tuple[Path, ...]) -> None:
     registry = discover(plugins)
     rows = loss_table(registry)
     _echo_json(rows, registry) if as_json else print_losses(rows, registry)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="A Python file with a reward plugin that is not installed. May be repeated.")  # fmt: skip
+def rewards(as_json: bool, plugins: tuple[Path, ...]) -> None:
+    """List the rewards that recipes can name, with their settings."""
+    from alignzoo.plugins import discover, reward_table
+    from alignzoo.tables import print_rewards
+
+    registry = discover(plugins)
+    rows = reward_table(registry)
+    _echo_json(rows, registry) if as_json else print_rewards(rows, registry)
 
 
 @cli.command()

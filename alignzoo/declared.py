@@ -27,8 +27,12 @@ def _is_names(value: Any, allowed: frozenset[str] | None = None) -> bool:
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _Rule = tuple[Callable[[Any], bool], str]
 _BY_SETTINGS: _Rule = (lambda v: isinstance(v, bool | property), "True, False, or a property")
+NAME_RULE: _Rule = (
+    lambda v: isinstance(v, str) and _NAME.fullmatch(v) is not None,
+    "lower-case letters, digits, - and _",
+)
 _RULES: dict[str, _Rule] = {
-    "name": (lambda v: isinstance(v, str) and _NAME.fullmatch(v) is not None, "lower-case letters, digits, - and _"),
+    "name": NAME_RULE,
     "data": (lambda v: isinstance(v, str) and v in KINDS, "one of " + ", ".join(f'"{kind}"' for kind in KINDS)),
     "needs_reference": _BY_SETTINGS,
     "contract": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
@@ -60,7 +64,7 @@ def check_loss_class(cls: type[Loss]) -> None:
     if cls.__call__ is Loss.__call__:
         faults.append("has no __call__")
     if "Settings" not in missing:
-        faults += _settings_faults(cls.Settings)
+        faults += settings_faults(cls.Settings, RESERVED, "[loss]")
     if faults:
         raise PluginError(f"{who}{place(cls)}: " + "; ".join(faults))
 
@@ -74,7 +78,8 @@ def _attribute_faults(cls: type[Loss], missing: Sequence[str]) -> list[str]:
     ]
 
 
-def _settings_faults(settings: Any) -> list[str]:
+def settings_faults(settings: Any, reserved: Sequence[str], table: str) -> list[str]:
+    """What is wrong with a Settings class. reserved: names that `table` of the recipe keeps for itself."""
     params = vars(settings).get("__dataclass_params__") if isinstance(settings, type) else None
     if params is None or not params.frozen:
         return ["Settings is not a frozen dataclass (@dataclass(frozen=True)); alignzoo.NoSettings is for none"]
@@ -82,14 +87,15 @@ def _settings_faults(settings: Any) -> list[str]:
         hints = schema.type_hints(settings)
     except Exception as error:
         return [f"the types of its Settings cannot be resolved: {type(error).__name__}: {error}"]
+    kept = f"the names {', '.join(reserved[:-1])} and {reserved[-1]} are kept for {table} itself"
     return [
-        f"setting {f.name}: {fault}" for f in dataclasses.fields(settings) for fault in _field_faults(f, hints[f.name])
+        f"setting {f.name}: {fault}"
+        for f in dataclasses.fields(settings)
+        for fault in ([kept] if f.name in reserved else _field_faults(f, hints[f.name]))
     ]
 
 
 def _field_faults(field: dataclasses.Field[Any], annotation: Any) -> list[str]:
-    if field.name in RESERVED:
-        return [f"the names {' and '.join(RESERVED)} are kept for [loss] itself"]
     if not isinstance(field.metadata.get("spec"), schema.Spec):
         return ["is not made with alignzoo.setting(...)"]
     if not _is_known(annotation):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
-    from alignzoo.api import Loss
+    from alignzoo.api import Loss, Reward
 
 PROJECT = "alignzoo"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,4 +25,10 @@ def hookimpl(function: F) -> F:
 @hookspec
 def alignzoo_losses() -> list[type[Loss]]:
     """The losses that the plugin brings: classes, not instances. Called once, when the plugin is loaded."""
+    return []
+
+
+@hookspec
+def alignzoo_rewards() -> list[type[Reward] | Callable[..., Any]]:
+    """The rewards that the plugin brings: classes or plain functions. Called once, when the plugin is loaded."""
     return []

@@ -102,7 +102,7 @@ def _resume(
 
 def _table(job: Job) -> dict[str, Any]:
     model = dataclasses.replace(job.recipe.model, path=from_anywhere(job.recipe.model.path, job.location))
-    return to_table(dataclasses.replace(job.recipe, model=model), [job.settings])
+    return to_table(dataclasses.replace(job.recipe, model=model), [job.settings], job.rewards.settings)
 
 
 def _manifest(job: Job, command: Sequence[str], started: datetime) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The plugin host: losses found by their metadata, imported when needed, and kept from breaking one another.
+"""The plugin host: losses and rewards found by metadata, imported when needed, kept from breaking one another.
 
-`discover` reads the entry points of the group "alignzoo" without importing anything; a `Registry` imports them when a
-loss is asked for, each in a try of its own. alignzoo's own losses come through the same door. It imports no torch.
+`discover` reads the entry points of the group "alignzoo" without importing anything; a `Registry` imports them when
+something is asked for, each in a try of its own. alignzoo's own come through the same door. It imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import inspect
 import os
 import re
 import sys
-import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,14 +22,16 @@ from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pluggy
 
 from alignzoo import hookspecs, schema
-from alignzoo.api import Loss
+from alignzoo.api import Loss, Reward
 from alignzoo.declared import check_loss_class, place
+from alignzoo.declared_rewards import reward_class
 from alignzoo.errors import PluginError
+from alignzoo.plugin_errors import hook_fault, one_line, own_files
 
 GROUP = "alignzoo"
 BLOCK = "ALIGNZOO_BLOCK_PLUGINS"
@@ -38,10 +39,14 @@ State = Literal["found", "loaded", "blocked", "broken"]
 
 
 @dataclass(frozen=True)
-class LossInfo:
-    """A loss class and who brought it."""
+class _Info:
+    """A class and who brought it."""
 
-    cls: type[Loss]
+    kind: ClassVar[str]
+    kinds: ClassVar[str]
+    hook: ClassVar[str]
+
+    cls: type[Any]
     name: str
     distribution: str  # "file" for --plugin, "python" for a class given from Python
     version: str  # of the distribution; "sha256:..." of a file; "" where there is none
@@ -53,6 +58,38 @@ class LossInfo:
         """The plugin in words, for errors."""
         return f"{self.distribution} {self.version}".strip() + f' ("{self.label}", {self.origin})'
 
+    @staticmethod
+    def checked(thing: Any) -> type[Any]:
+        """What a hook returned, as a class. Raises PluginError where it breaks the contract."""
+        raise NotImplementedError
+
+
+class LossInfo(_Info):
+    """A loss class and who brought it."""
+
+    kind, kinds, hook = "loss", "losses", "alignzoo_losses"
+    cls: type[Loss]
+
+    @staticmethod
+    def checked(thing: Any) -> type[Any]:
+        check_loss_class(thing)
+        return thing  # type: ignore[no-any-return]
+
+
+class RewardInfo(_Info):
+    """A reward class, which a function may have been made into, and who brought it."""
+
+    kind, kinds, hook = "reward", "rewards", "alignzoo_rewards"
+    cls: type[Reward]
+
+    @staticmethod
+    def checked(thing: Any) -> type[Any]:
+        return reward_class(thing)
+
+
+_KINDS: tuple[type[_Info], ...] = (LossInfo, RewardInfo)
+T = TypeVar("T", bound=_Info)
+
 
 @dataclass(frozen=True)
 class PluginStatus:
@@ -63,12 +100,13 @@ class PluginStatus:
     version: str
     state: State
     losses: tuple[str, ...]
+    rewards: tuple[str, ...]
     error: str
 
 
 @dataclass
 class _Plugin:
-    """One door to losses, and what became of it."""
+    """One door to losses and rewards, and what became of it."""
 
     label: str
     distribution: str
@@ -78,17 +116,20 @@ class _Plugin:
     installed: bool = True  # False: a file that the user named, whose failure is not to be passed over
     state: State = "found"
     error: str = ""
-    losses: tuple[LossInfo, ...] = ()
+    found: tuple[_Info, ...] = ()
 
-    def info(self, cls: type[Loss]) -> LossInfo:
-        return LossInfo(cls, cls.name, self.distribution, self.version, self.label, self.origin)
+    def info(self, kind: type[_Info], cls: type[Any]) -> _Info:
+        return kind(cls, cls.name, self.distribution, self.version, self.label, self.origin)
+
+    def names(self, kind: type[_Info]) -> tuple[str, ...]:
+        return tuple(info.name for info in self.found if isinstance(info, kind))
 
     def words(self) -> str:
         return f'"{self.label}" ({f"{self.distribution} {self.version}".strip()})'
 
 
 class Registry:
-    """The losses that can be had, by name. Made by `discover`; imports a plugin when its losses are first asked for.
+    """The losses and rewards that can be had, by name. Made by `discover`; imports plugins when it is first asked.
 
     `warnings` are lines for the user about the discovery itself, such as an unknown name among the blocked.
     """
@@ -99,17 +140,28 @@ class Registry:
 
     def losses(self) -> dict[str, LossInfo]:
         """Every loss whose name has one owner. Imports all plugins; raises PluginError for a broken --plugin file."""
-        return {name: owners[0] for name, owners in self._owners().items() if len(owners) == 1}
+        return {name: owners[0] for name, owners in self._owners(LossInfo).items() if len(owners) == 1}
 
-    def duplicates(self) -> dict[str, tuple[LossInfo, ...]]:
+    def rewards(self) -> dict[str, RewardInfo]:
+        """Every reward whose name has one owner; as `losses`."""
+        return {name: owners[0] for name, owners in self._owners(RewardInfo).items() if len(owners) == 1}
+
+    def duplicates(self, kind: type[T] = LossInfo) -> dict[str, tuple[T, ...]]:  # type: ignore[assignment]
         """The names that more than one class claims, and their owners. `get` refuses them."""
-        return {name: owners for name, owners in self._owners().items() if len(owners) > 1}
+        return {name: owners for name, owners in self._owners(kind).items() if len(owners) > 1}
 
     def get(self, name: str) -> LossInfo:
         """The loss of that name. Raises PluginError where none or more than one has it, with the way out."""
-        owners = self._owners()
+        return self._get(LossInfo, name)
+
+    def reward(self, name: str) -> RewardInfo:
+        """The reward of that name; as `get`."""
+        return self._get(RewardInfo, name)
+
+    def _get(self, kind: type[T], name: str) -> T:
+        owners = self._owners(kind)
         if name not in owners:
-            raise self._unknown(name, owners)
+            raise self._unknown(kind, name, owners)
         if len(owners[name]) > 1:
             raise _ambiguous(name, owners[name])
         return owners[name][0]
@@ -117,7 +169,7 @@ class Registry:
     def statuses(self) -> list[PluginStatus]:
         """All plugins as they stand now; imports none (`losses` does, and `plugin_table`)."""
         return [
-            PluginStatus(p.label, p.distribution, p.version, p.state, tuple(i.name for i in p.losses), p.error)
+            PluginStatus(p.label, p.distribution, p.version, p.state, p.names(LossInfo), p.names(RewardInfo), p.error)
             for p in self._plugins
         ]
 
@@ -127,7 +179,7 @@ class Registry:
             if plugin.state == "found":
                 _load(plugin)
 
-    def _owners(self) -> dict[str, tuple[LossInfo, ...]]:
+    def _owners(self, kind: type[T]) -> dict[str, tuple[T, ...]]:
         self.load()
         for plugin in self._plugins:
             if plugin.state == "broken" and not plugin.installed:
@@ -136,18 +188,18 @@ class Registry:
                     why=plugin.error,
                     fix="mend the file, or leave out its --plugin",
                 )
-        owners: dict[str, tuple[LossInfo, ...]] = {}
-        for info in (info for plugin in self._plugins for info in plugin.losses):
+        owners: dict[str, tuple[T, ...]] = {}
+        for info in (i for plugin in self._plugins for i in plugin.found if isinstance(i, kind)):
             before = owners.get(info.name, ())
             if all(info.cls is not other.cls for other in before):  # one class by two doors is no conflict
                 owners[info.name] = (*before, info)
         return owners
 
-    def _unknown(self, name: str, known: Iterable[str]) -> PluginError:
+    def _unknown(self, kind: type[_Info], name: str, known: Iterable[str]) -> PluginError:
         names = sorted(known)
         broken = [p for p in self._plugins if p.state == "broken"]
         blocked = [p for p in self._plugins if p.state == "blocked"]
-        lines = ["the losses are " + (", ".join(names) or "none at all")]
+        lines = [f"the {kind.kinds} are " + (", ".join(names) or "none at all")]
         lines += [
             f"the plugin {p.words()} is broken and may have it: {p.error}"
             for p in sorted(broken, key=lambda p: -_likeness(name, p))
@@ -155,7 +207,7 @@ class Registry:
         lines += [f"the plugin {p.words()} is blocked by {BLOCK} and may have it" for p in blocked]
         fix = "take a known name, install the plugin that has it, or give its file with --plugin FILE"
         return PluginError(
-            f'there is no loss "{name}"{schema.nearest(name, names)}',
+            f'there is no {kind.kind} "{name}"{schema.nearest(name, names)}',
             why="\n       ".join(lines),
             fix=fix + ("; `alignzoo plugins` lists them all" if broken or blocked else ""),
         )
@@ -242,10 +294,10 @@ def _import_file(path: Path, source: bytes) -> types.ModuleType:
 
 
 def _from_class(cls: type[Loss]) -> _Plugin:
-    check_loss_class(cls)
+    LossInfo.checked(cls)
     origin = f"{cls.__module__}.{cls.__qualname__}"
     plugin = _Plugin("python", "python", "", origin, _not_loadable, installed=False, state="loaded")
-    plugin.losses = (plugin.info(cls),)
+    plugin.found = (plugin.info(LossInfo, cls),)
     return plugin
 
 
@@ -274,85 +326,53 @@ def _canonical(distribution: str) -> str:
 
 def _load(plugin: _Plugin) -> None:
     try:
-        classes = _call_hook(plugin.load(), plugin.label)
-        _check_classes(classes)
-        plugin.losses = tuple(plugin.info(cls) for cls in classes)
+        things = _call_hooks(plugin.load(), plugin.label)
+        plugin.found = tuple(plugin.info(kind, cls) for kind, cls in _checked(things))
         plugin.state = "loaded"
     except (Exception, SystemExit) as error:
-        plugin.state, plugin.error, plugin.losses = "broken", _one_line(error, _own_files(plugin)), ()
+        plugin.state, plugin.error, plugin.found = (
+            "broken",
+            one_line(error, own_files(plugin.origin, plugin.installed)),
+            (),
+        )
 
 
-def _call_hook(plugin: Any, label: str) -> list[type[Loss]]:
-    """Register on a manager of its own, compare all hooks with the specs, and ask for the losses."""
+def _call_hooks(plugin: Any, label: str) -> list[tuple[type[_Info], Any]]:
+    """Register on a manager of its own, compare all hooks with the specs, and ask for all that they bring."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     try:
         manager.register(plugin, name=label)  # compares the arguments
         manager.check_pending()  # compares the names
     except pluggy.PluginValidationError as error:
-        raise PluginError(_hook_fault(manager, plugin) or str(error)) from error
-    if not manager.get_hookcallers(plugin):
-        raise PluginError("it implements no hook: is alignzoo_losses() there, and marked with @alignzoo.hookimpl?")
-    results = manager.hook.alignzoo_losses()
-    if len(results) != 1 or not isinstance(results[0], list | tuple):
-        got = type(results[0]).__name__ if results else "None"
-        raise PluginError(f"alignzoo_losses() returned {got}, not a list of classes{place(plugin.alignzoo_losses)}")
-    return list(results[0])
+        raise PluginError(hook_fault(manager, plugin) or str(error)) from error
+    callers = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
+    if not callers:
+        hooks = " or ".join(f"{kind.hook}()" for kind in _KINDS)
+        raise PluginError(f"it implements no hook: is {hooks} there, and marked with @alignzoo.hookimpl?")
+    things: list[tuple[type[_Info], Any]] = []
+    for kind in (kind for kind in _KINDS if kind.hook in callers):
+        results = getattr(manager.hook, kind.hook)()
+        if len(results) != 1 or not isinstance(results[0], list | tuple):
+            got = type(results[0]).__name__ if results else "None"
+            raise PluginError(f"{kind.hook}() returned {got}, not a list{place(getattr(plugin, kind.hook))}")
+        things += [(kind, thing) for thing in results[0]]
+    return things
 
 
-def _hook_fault(manager: pluggy.PluginManager, plugin: Any) -> str:
-    """What is wrong with the hooks of a plugin that was refused, each with its place; "" where nothing is found."""
-    specs = [name for name in dir(hookspecs) if manager.parse_hookspec_opts(hookspecs, name) is not None]
-    faults = []
-    for name in (n for n in dir(plugin) if manager.parse_hookimpl_opts(plugin, n) is not None):
-        function = getattr(plugin, name)
-        if name not in specs:
-            faults.append(f'unknown hook "{name}"{schema.nearest(name, specs)}{place(function)}')
-            continue
-        wanted, found = (inspect.signature(f) for f in (getattr(hookspecs, name), function))
-        if set(found.parameters) - set(wanted.parameters):
-            takes = ", ".join(wanted.parameters) or "no arguments"
-            faults.append(f"{name}{found} has arguments that the hook has not: it takes {takes}{place(function)}")
-    return "; ".join(faults)
-
-
-def _check_classes(classes: Sequence[type[Loss]]) -> None:
-    faults = []
-    for cls in classes:
+def _checked(things: Sequence[tuple[type[_Info], Any]]) -> list[tuple[type[_Info], type[Any]]]:
+    faults, found = [], []
+    for kind, thing in things:
         try:
-            check_loss_class(cls)
+            found.append((kind, kind.checked(thing)))
         except PluginError as error:
             faults.append(str(error))
-    names = [cls.name for cls in classes] if not faults else []
-    faults += [f'two of its classes are named "{name}"' for name in dict.fromkeys(names) if names.count(name) > 1]
+    named = [(kind, cls.name) for kind, cls in found]
+    doubled = dict.fromkeys(name for kind, name in named if named.count((kind, name)) > 1)
+    faults += [f'two of its classes are named "{name}"' for name in doubled]
     if faults:
         raise PluginError("; ".join(faults))
-
-
-def _one_line(error: BaseException, roots: Sequence[Path]) -> str:
-    """Exception type, message, and the innermost line of the plugin's own files."""
-    syntax = isinstance(error, SyntaxError)
-    message = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError) and error.filename:
-        frames.append((error.filename, error.lineno))
-    own = [f for f in frames if any(Path(f[0]).resolve().is_relative_to(root) for root in roots)]
-    own = own or (frames[-1:] if syntax else [])
-    kind = "" if isinstance(error, PluginError) else f"{type(error).__name__}: "
-    return f"{kind}{message}" + (f" ({own[-1][0]}:{own[-1][1]})" if own else "")
-
-
-def _own_files(plugin: _Plugin) -> list[Path]:
-    """The file of a plugin, or the folders of its package."""
-    if not plugin.installed:
-        return [Path(plugin.origin).resolve()]
-    top = re.split(r"[.:]", plugin.origin)[0].strip()
-    with suppress(Exception):  # a module that is not there has no files
-        spec = importlib.util.find_spec(top)
-        if spec is not None:
-            places = spec.submodule_search_locations or ([spec.origin] if spec.origin else [])
-            return [Path(place).resolve() for place in places]
-    return []
+    return found
 
 
 # --- errors and tables ---------------------------------------------------------------------------------------------
@@ -365,7 +385,7 @@ def _likeness(name: str, plugin: _Plugin) -> float:
     return max(1.0 if name.lower() in word else SequenceMatcher(None, name.lower(), word).ratio() for word in bare)
 
 
-def _ambiguous(name: str, owners: Sequence[LossInfo]) -> PluginError:
+def _ambiguous(name: str, owners: Sequence[_Info]) -> PluginError:
     labels = [info.label for info in owners if info.distribution not in ("file", "python")]
     outs = []
     for info in owners:
@@ -376,7 +396,7 @@ def _ambiguous(name: str, owners: Sequence[LossInfo]) -> PluginError:
         else:
             outs.append(f"block with {BLOCK}={info.distribution if labels.count(info.label) > 1 else info.label}")
     return PluginError(
-        f'{len(owners)} losses are named "{name}"',
+        f'{len(owners)} {owners[0].kinds} are named "{name}"',
         why="they come from " + " and from ".join(info.owner for info in owners),
         fix=", or ".join(outs),
     )
@@ -386,38 +406,70 @@ def make_loss(
     info: LossInfo, settings_table: Mapping[str, Any], problems: list[schema.Problem], path: schema.Path
 ) -> Loss | None:
     """A loss from the settings of its table in the recipe (without `name`). None where a problem was added."""
+    return _make(info, settings_table, problems, path)  # type: ignore[no-any-return]
+
+
+def make_reward(
+    info: RewardInfo, settings_table: Mapping[str, Any], problems: list[schema.Problem], path: schema.Path
+) -> Reward | None:
+    """A reward from its own settings; as `make_loss`."""
+    return _make(info, settings_table, problems, path)  # type: ignore[no-any-return]
+
+
+def _make(info: _Info, table: Mapping[str, Any], problems: list[schema.Problem], path: schema.Path) -> Any:
     try:
-        settings = schema.build(info.cls.Settings, settings_table, path, problems)
+        settings = schema.build(info.cls.Settings, table, path, problems)
         return None if settings is None else info.cls(settings)
     except (ValueError, PluginError) as error:  # settings that do not go together, refused by the plugin itself
-        problems.append(schema.Problem(path, f'loss "{info.name}": {error}'))
+        problems.append(schema.Problem(path, f'{info.kind} "{info.name}": {error}'))
         return None
 
 
 def loss_table(registry: Registry) -> list[dict[str, Any]]:
     """The rows of `alignzoo losses --json`: one for each loss, and one for each owner of a name that has several."""
-    rows = [*registry.losses().values(), *(info for owners in registry.duplicates().values() for info in owners)]
-    twice = registry.duplicates()
     return [
-        _loss_row(info, info.name in twice) for info in sorted(rows, key=lambda info: (info.name, info.distribution))
+        {
+            "name": info.name,
+            "family": info.cls.family,
+            "data": info.cls.data,
+            **_needs_reference(info.cls),
+            "settings": [dataclasses.asdict(row) for row in schema.rows_of(info.cls.Settings)],
+            "paper": info.cls.paper,
+            **_owner(info, doubled),
+        }
+        for info, doubled in _all(registry, LossInfo)
     ]
 
 
-def _loss_row(info: LossInfo, duplicate: bool) -> dict[str, Any]:
-    declared = vars(info.cls)["needs_reference"]
+def reward_table(registry: Registry) -> list[dict[str, Any]]:
+    """The rows of `alignzoo rewards --json`; as `loss_table`."""
+    return [
+        {
+            "name": info.name,
+            "summary": (inspect.cleandoc(info.cls.__doc__ or "").splitlines() or [""])[0],
+            "settings": [dataclasses.asdict(row) for row in schema.rows_of(info.cls.Settings)],
+            **_owner(info, doubled),
+        }
+        for info, doubled in _all(registry, RewardInfo)
+    ]
+
+
+def _all(registry: Registry, kind: type[T]) -> list[tuple[T, bool]]:
+    """Everything of a kind by name, and whether the name has several owners."""
+    owners = sorted(registry._owners(kind).items())
+    return [(i, len(found) > 1) for _, found in owners for i in sorted(found, key=lambda i: i.distribution)]
+
+
+def _owner(info: _Info, duplicate: bool) -> dict[str, Any]:
+    keys = ("distribution", "version", "label", "origin")
+    return {**{key: getattr(info, key) for key in keys}, "duplicate": duplicate}
+
+
+def _needs_reference(cls: type[Loss]) -> dict[str, Any]:
+    declared = vars(cls)["needs_reference"]
     return {
-        "name": info.name,
-        "family": info.cls.family,
-        "data": info.cls.data,
         "needs_reference": declared if isinstance(declared, bool) else "depends on settings",
-        "needs_reference_by_default": _reference_by_default(info.cls),
-        "settings": [dataclasses.asdict(row) for row in schema.rows_of(info.cls.Settings)],
-        "paper": info.cls.paper,
-        "distribution": info.distribution,
-        "version": info.version,
-        "label": info.label,
-        "origin": info.origin,
-        "duplicate": duplicate,
+        "needs_reference_by_default": _reference_by_default(cls),
     }
 
 
@@ -431,4 +483,7 @@ def _reference_by_default(cls: type[Loss]) -> bool | None:
 def plugin_table(registry: Registry) -> list[dict[str, Any]]:
     """The rows of `alignzoo plugins --json`: every plugin, imported if it can be."""
     registry.load()
-    return [{**dataclasses.asdict(status), "losses": list(status.losses)} for status in registry.statuses()]
+    return [
+        {**dataclasses.asdict(status), "losses": list(status.losses), "rewards": list(status.rewards)}
+        for status in registry.statuses()
+    ]

@@ -209,6 +209,26 @@ class LossChoice:
 
 
 @dataclass(frozen=True)
+class RewardKeys:
+    """What every table of [[rewards]] takes."""
+
+    name: str = setting(REQUIRED, "one of those that `alignzoo rewards` lists")
+    weight: float = setting(1.0, "what its values are multiplied by in the sum; 0: only logged")
+    timeout: float = setting(120.0, "seconds that one call may take; then all its values failed", gt=0)
+    max_failures: float = setting(
+        0.1, "stop the run where more of its values failed, over the last 20 calls; 1: never", ge=0, le=1
+    )
+
+
+@dataclass(frozen=True)
+class RewardChoice(RewardKeys):
+    """A table of [[rewards]]: the settings of the reward itself are read when the plugin is known."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    path: Key = field(default=("rewards",), compare=False)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe. `losses` holds one loss; `where(key)` tells file and line."""
 
@@ -223,6 +243,7 @@ class Recipe:
     samples: Samples = Samples()
     log: Log = Log()
     output: Output = Output()
+    rewards: tuple[RewardChoice, ...] = ()
     tables: Tables = field(default_factory=Tables, repr=False, compare=False)
 
     @property
@@ -238,6 +259,7 @@ SECTIONS: dict[str, type] = {
     "model": Model, "reference": Reference, "data": Data, "train": Train, "engine": Engine, "checkpoint": Checkpoint,
     "eval": Eval, "samples": Samples, "log": Log, "output": Output,
 }  # fmt: skip
+KNOWN = (*SECTIONS, "loss", "rewards")
 
 
 def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -250,9 +272,10 @@ def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] |
     problems = list(tables.problems)
     sections = _build_sections(tables.content, problems)
     losses = _loss_choices(tables.content.get("loss"), problems)
+    rewards = _reward_choices(tables.content.get("rewards", []), problems)
     if problems:
         raise problems_error(tables, problems)
-    recipe = _resolve_paths(Recipe(losses=losses, tables=tables, **sections))
+    recipe = _resolve_paths(Recipe(losses=losses, rewards=rewards, tables=tables, **sections))
     problems = list(_sense_problems(recipe))
     if problems:
         raise problems_error(tables, problems)
@@ -267,7 +290,7 @@ def problems_error(tables: Tables, problems: Sequence[Problem]) -> RecipeError:
 
 
 def _build_sections(content: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    problems.extend(Problem((key,), _unknown(key, content[key])) for key in content if key not in (*SECTIONS, "loss"))
+    problems.extend(Problem((key,), _unknown(key, content[key])) for key in content if key not in KNOWN)
     built: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
         table = content.get(name, {})
@@ -289,7 +312,7 @@ def _unknown(key: str, value: Any) -> str:
         meant = " or ".join(f"{name}.{key}" for name in homes)
         return f'"{key}" stands before any section (did you mean {meant}?)'
     kind = "section" if isinstance(value, Mapping) else "key"
-    return f'unknown {kind} "{key}"{nearest(key, [*SECTIONS, "loss", "extends"])}'
+    return f'unknown {kind} "{key}"{nearest(key, [*KNOWN, "extends"])}'
 
 
 def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...]:
@@ -310,6 +333,26 @@ def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...
         else:
             name = convert(table["name"], str, (*path, "name"), problems, _Spec(""))
             choices.append(LossChoice(str(name), {k: v for k, v in table.items() if k != "name"}, path))
+    return tuple(choices)
+
+
+def _reward_choices(tables: Any, problems: list[Problem]) -> tuple[RewardChoice, ...]:
+    if isinstance(tables, Raw):
+        tables = parse_raw(tables, dict)
+    if not isinstance(tables, list):
+        problems.append(Problem(("rewards",), '"rewards" is a list of tables: write [[rewards]]'))
+        return ()
+    choices, own = [], {f.name for f in dataclasses.fields(RewardKeys)}
+    for i, table in enumerate(tables):
+        path: Key = ("rewards", i)
+        table = parse_raw(table, dict) if isinstance(table, Raw) else table
+        if not isinstance(table, Mapping):
+            problems.append(Problem(path, f'{show(table)} is no table: write [[rewards]] with name = "..."'))
+            continue
+        keys = build(RewardKeys, {k: v for k, v in table.items() if k in own}, path, problems)
+        if keys is not None:
+            settings = {k: v for k, v in table.items() if k not in own}
+            choices.append(RewardChoice(**vars(keys), settings=settings, path=path))
     return tuple(choices)
 
 
@@ -371,7 +414,11 @@ def _sense_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train", "warmup_steps"), f"{train.warmup_steps} is more than max_steps = {train.max_steps}")
 
 
-def to_table(recipe: Recipe, loss_settings: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def to_table(
+    recipe: Recipe,
+    loss_settings: Sequence[Mapping[str, Any]] = (),
+    reward_settings: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The resolved recipe as a table that reads back as the same recipe; None is left out, as TOML has no null."""
     losses = loss_settings or [c.settings for c in recipe.losses]
     table: dict[str, Any] = {
@@ -379,6 +426,13 @@ def to_table(recipe: Recipe, loss_settings: Sequence[Mapping[str, Any]] = ()) ->
     }
     for name in SECTIONS:
         table[name] = _plain(getattr(recipe, name))
+    if recipe.rewards:
+        own = [f.name for f in dataclasses.fields(RewardKeys)]
+        resolved = reward_settings or [choice.settings for choice in recipe.rewards]
+        table["rewards"] = [
+            {**{key: getattr(choice, key) for key in own}, **{k: v for k, v in settings.items() if v is not None}}
+            for choice, settings in zip(recipe.rewards, resolved, strict=True)
+        ]
     return table
 
 

@@ -1,4 +1,4 @@
-"""What `alignzoo losses` and `alignzoo plugins` print in a terminal."""
+"""What `alignzoo losses`, `rewards` and `plugins` print in a terminal."""
 
 from __future__ import annotations
 
@@ -39,11 +39,32 @@ def print_losses(rows: Rows, registry: Registry) -> None:
         doubled = " (doubled: recipes cannot name it)" if row["duplicate"] else ""
         head = f"{row['data']}, reference: {reference_in_words(row)}, from {row['distribution']} {row['version']}"
         console.print(f"[bold]{row['name']}[/bold]{doubled}  {head}", highlight=False)
-        grid = Table.grid(padding=(0, 2))
         console.print(f"  {row['paper'] or 'no paper'}", highlight=False, markup=False)
-        for setting in row["settings"]:
-            grid.add_row("", Text(setting_in_words(setting)), Text(setting["help"]))  # [x] in a str would be markup
-        console.print(grid)
+        console.print(_settings_grid(row))
+    _end(console, registry)
+
+
+def print_rewards(rows: Rows, registry: Registry) -> None:
+    """A block for each reward; as `print_losses`."""
+    console = Console()
+    for row in rows:
+        doubled = " (doubled: recipes cannot name it)" if row["duplicate"] else ""
+        head = f"from {row['distribution']} {row['version']}"
+        console.print(f"[bold]{row['name']}[/bold]{doubled}  {head}", highlight=False)
+        console.print(f"  {row['summary'] or 'no description'}", highlight=False, markup=False)
+        console.print(_settings_grid(row))
+    _end(console, registry)
+
+
+def _settings_grid(row: Mapping[str, Any]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for setting in row["settings"]:
+        grid.add_row("", Text(setting_in_words(setting)), Text(setting["help"]))  # [x] in a str would be markup
+    return grid
+
+
+def _end(console: Console, registry: Registry) -> None:
+    """Warnings, and the plugins that are broken."""
     _warn(console, registry)
     for status in registry.statuses():
         if status.state == "broken":
@@ -55,10 +76,10 @@ def print_plugins(rows: Rows, registry: Registry) -> None:
     """A table of all plugins, with the error of each broken one."""
     console = Console()
     table = Table(title="plugins", show_lines=True)
-    for column in ("label", "distribution", "version", "state", "losses or error"):
+    for column in ("label", "distribution", "version", "state", "losses and rewards, or error"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        what = row["error"] or ", ".join(row["losses"]) or "-"
+        what = row["error"] or ", ".join([*row["losses"], *row["rewards"]]) or "-"
         cells = (row["label"], row["distribution"], row["version"], row["state"], what)
         table.add_row(*map(Text, cells))  # [x] in an error would be markup
     console.print(table)
