@@ -253,16 +253,15 @@ class Training:
 
         def generate(**options: Any) -> Any:
             self.dog.beat()
-            synced = {"synced_gpus": True} if sharded and engine.ranks > 1 else {}
-            if not sharded:
-                return engine.bare.model.generate(**options)
+            synced = {"synced_gpus": True} if engine.ranks > 1 else {}
             return engine.inside(lambda model: model.generate(**options, **synced))
 
         end = choose_template(self.recipe.data, self.job.tokenizer).does.end
         settings, seed = self.recipe.samples, self.recipe.train.seed
         return answer(
-            engine.bare.model, self.job.tokenizer, prompts, settings, seed, self.console, title, end, generate
-        )
+            engine.bare.model, self.job.tokenizer, prompts, settings, seed, self.console, title, end,
+            generate if sharded else None, self.dog.beat,
+        )  # fmt: skip
 
     def _save(self, name: str) -> Path:
         """The model, or its adapter, as a folder of the run; output.merge gives the merged model."""
