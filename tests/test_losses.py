@@ -35,6 +35,7 @@ from loss_helpers import (
     units,
     units_by_term,
 )
+from zoo_cases import ZOO
 
 import alignzoo
 from alignzoo.api import Metric
@@ -142,6 +143,7 @@ CASES = {
     "kto": Case(KTO(beta=0.3), make_labelled, kto_reference),
     "kto weighted": Case(KTO(desirable_weight=1.3, undesirable_weight=0.4), make_labelled, kto_reference),
     "kto without baseline": Case(KTO(beta=0.3, baseline="none"), make_labelled, kto_reference),
+    **{name: Case(*case) for name, case in ZOO.items()},
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
