@@ -5,9 +5,10 @@ Everything here is a function of lengths, ranks, budget and seed, so every rank 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,20 @@ from alignzoo.tree import Completion, Tree
 
 @dataclass(frozen=True)
 class StepRows:
-    """One optimizer step: its number from 1, its epoch from 0, and the rows of the data set in order."""
+    """One optimizer step: its number from 1, its epoch from 0, and the rows of the data set in order.
+
+    batch: the number of these rows among all batches, from 1; the step's, but where batches are gone through again
+    """
 
     step: int
     epoch: int
     rows: tuple[int, ...]
+    batch: int
 
 
-def count_steps(n_rows: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps of a run; the last step of an epoch may be short."""
-    steps = math.ceil(n_rows / batch_size) * epochs
+def count_steps(n_rows: int, batch_size: int, epochs: int, max_steps: int | None, iterations: int = 1) -> int:
+    """Optimizer steps of a run; the last batch of an epoch may be short. iterations: steps of each batch."""
+    steps = math.ceil(n_rows / batch_size) * epochs * iterations
     return steps if max_steps is None else min(steps, max_steps)
 
 
@@ -41,7 +46,17 @@ def steps_of(n_rows: int, batch_size: int, epochs: int, max_steps: int | None, s
             if step == total:
                 return
             step += 1
-            yield StepRows(step, epoch, tuple(int(r) for r in order[start : start + batch_size]))
+            yield StepRows(step, epoch, tuple(int(r) for r in order[start : start + batch_size]), step)
+
+
+def windows_of(steps: Iterator[StepRows], size: int, iterations: int, total: int) -> Iterator[tuple[StepRows, ...]]:
+    """The batches, `size` at a time, each window gone through `iterations` times: `total` steps, window by window."""
+    done = 0
+    while done < total:
+        batches = [*itertools.islice(steps, min(size, total - done))]
+        window = [replace(b, step=done + n) for n, b in enumerate(batches * iterations, start=1)][: total - done]
+        done += len(window)
+        yield tuple(window)
 
 
 def blocks_of(n_rows: int, size: int) -> list[tuple[int, ...]]:

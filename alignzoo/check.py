@@ -20,7 +20,7 @@ from alignzoo.data.watch import Watch
 from alignzoo.errors import ModelError
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
 from alignzoo.progress import Say, sayer
-from alignzoo.recipe import Recipe, problems_error
+from alignzoo.recipe import Data, Recipe, problems_error
 from alignzoo.rewards import Rewards, make_rewards
 from alignzoo.schema import Problem, show
 from alignzoo.tree import Tree
@@ -80,10 +80,11 @@ def make_job(
     say(f"loss: {describe_loss(info, loss)}")
     for line in rewards.describe():
         say(f"reward: {line}")
-    if len(rewards) and loss.data != "groups":
-        say(f"WARNING: [[rewards]] is without effect: {info.name} learns from {loss.data}, not from its own answers")
+    if len(rewards) and recipe.rollout is None:
+        say("WARNING: [[rewards]] is without effect: without [rollout] nothing is sampled")
     from alignzoo.reference import plan_reference  # torch: a misspelt loss is told before it is imported
 
+    kind = _kind_of_rows(recipe, loss, rewards)
     reference = plan_reference(recipe, loss, live_model=live.model is not None)
     say(f"reference: {reference.words}")
     _check_names(recipe)
@@ -100,10 +101,10 @@ def make_job(
         tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
     say(ensure_pad_token(tokenizer))
     data = prepare(
-        recipe.data,
-        loss.data,
+        _room_for_completions(recipe),
+        kind,
         tokenizer,
-        needs_mismatched=loss.needs_mismatched,
+        needs_mismatched=loss.needs_mismatched and kind != "prompts",
         train=live.train,
         eval=live.eval,
         seed=recipe.train.seed,
@@ -111,9 +112,10 @@ def make_job(
         watch=watch,
     )
     train = recipe.train
-    steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
+    iterations = recipe.rollout.iterations if recipe.rollout else 1
+    steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps, iterations)
     _carry_template(recipe, tokenizer, say)
-    pairs = _held_out_pairs(recipe, loss, tokenizer, data, live, say)
+    pairs = _held_out_pairs(recipe, kind, tokenizer, data, live, say)
     say(describe_steps(recipe, data, steps))
     _warn(recipe, loss, tokenizer, say)
     return Job(recipe, info, loss, rewards, registry, reference, location, tokenizer, data, steps, live, pairs)
@@ -133,10 +135,37 @@ def _carry_template(recipe: Recipe, tokenizer: Any, say: Say) -> None:
         say("the saved tokenizer carries this template")
 
 
-def _held_out_pairs(recipe: Recipe, loss: Loss, tokenizer: Any, data: Prepared, live: Live, say: Say) -> Sequence[Tree]:
+def _kind_of_rows(recipe: Recipe, loss: Loss, rewards: Rewards) -> str:
+    """What the rows of the files are made into: what the loss eats, or prompts that are answered during the run."""
+    if recipe.rollout is not None:
+        if not len(rewards):
+            raise recipe.error(
+                ("rollout",), "[rollout] samples completions, and nothing says which of them are good",
+                fix="add at least one [[rewards]]; `alignzoo rewards` lists what there is",
+            )  # fmt: skip
+        return "prompts"
+    if loss.data == "groups":
+        raise recipe.error(
+            recipe.losses[0].path,
+            f'loss "{recipe.losses[0].name}" learns from groups of completions, and the recipe samples none',
+            fix="add a [rollout] section and at least one [[rewards]]",
+        )
+    return loss.data
+
+
+def _room_for_completions(recipe: Recipe) -> Data:
+    """The data settings, with a limit for prompts that leaves room for what is sampled."""
+    data, rollout = recipe.data, recipe.rollout
+    if rollout is None:
+        return data
+    room = data.max_length - rollout.max_new_tokens
+    return dataclasses.replace(data, max_prompt_length=min(room, data.max_prompt_length or room))
+
+
+def _held_out_pairs(recipe: Recipe, kind: str, tokenizer: Any, data: Prepared, live: Live, say: Say) -> Sequence[Tree]:
     """The held-out rows as pairs, where they are pairs and the loss wants another kind: accuracy for every loss."""
     sources = [s for s in data.report.sources if s.role == "eval"] or data.report.sources
-    if not data.eval or loss.data == "pairs" or any(s.kind != "pairs" for s in sources):
+    if not data.eval or kind == "pairs" or any(s.kind != "pairs" for s in sources):
         return ()
     pairs = held_out(data, recipe.data, "pairs", tokenizer, train=live.train, eval=live.eval, say=say)
     if pairs:
@@ -164,8 +193,12 @@ def describe_loss(info: LossInfo, loss: Loss) -> str:
 def describe_steps(recipe: Recipe, data: Prepared, steps: int) -> str:
     train = recipe.train
     length = f"at most {train.max_steps} steps" if train.max_steps else f"{train.epochs} epoch(s)"
+    rollout, examples = recipe.rollout, "examples"
+    if rollout is not None:
+        examples = f"prompts with {rollout.completions} completions each"
+        length += f", each batch {rollout.iterations} times" if rollout.iterations > 1 else ""
     return (
-        f"steps: {steps} of {train.batch_size} examples ({length}) over {len(data.train)} training rows; "
+        f"steps: {steps} of {train.batch_size} {examples} ({length}) over {len(data.train)} training rows; "
         f"{len(data.eval)} held out"
     )
 

@@ -6,10 +6,9 @@ order and the number of ranks change nothing but rounding.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from alignzoo.api import Loss, LossOutput
-from alignzoo.batch import PADDED, StepRows, Way, blocks_of, count_steps, plan_step, steps_of
+from alignzoo.batch import PADDED, StepRows, Way, blocks_of, count_steps, plan_step, steps_of, windows_of
 from alignzoo.errors import PluginError, RunError
 from alignzoo.logprobs import Scorer, is_mixture_of_experts
 from alignzoo.metrics import Accumulator, memory_gib, record, record_preference
@@ -35,6 +34,20 @@ TOKENS_PER_DEVICE = {
     "cuda": 8192,
 }  # activations of a 135M model: some 3 GB; of a 7B model with them: 20 GB
 Record = dict[str, float]
+
+
+class Online(Protocol):
+    """Answers prompts during the run: what the engine needs of rollout.Rollouts."""
+
+    def trees(self, rows: StepRows, window: Sequence[StepRows], prompts: Sequence[Tree]) -> Sequence[Tree]: ...
+
+    def held_out(self, prompts: Sequence[Tree], step: int, metrics: Accumulator) -> Sequence[Tree]: ...
+
+    def begin(self) -> None: ...
+
+    def state(self, done: int, window: Sequence[StepRows]) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Engine:
@@ -70,6 +83,8 @@ class Engine:
         self.state: State = loss.init_state()
         self.tokens_seen = 0
         self.tally = Tally()
+        self.online: Online | None = None  # rows are prompts, and it answers them
+        self.window: Sequence[StepRows] = ()  # the steps whose prompts are answered together, the present one's
         self.way: Way = PADDED  # how trees are laid out, see loading.choose_layout
         self.beat: Callable[[str], None] = lambda _: None  # told what begins, see watchdog.py
 
@@ -116,19 +131,25 @@ class Engine:
         start: the step that a checkpoint was restored from
         on_start: called with the evaluation before the first step, where eval.at_start has one
         """
-        plan, every = self.recipe.train, self.recipe.eval.every_steps
-        total = count_steps(len(train), plan.batch_size, plan.epochs, plan.max_steps)
-        per_epoch = count_steps(len(train), plan.batch_size, 1, None)
+        plan, every, rollout = self.recipe.train, self.recipe.eval.every_steps, self.recipe.rollout
+        size, times = (rollout.refresh_every_steps, rollout.iterations) if rollout else (1, 1)
+        total = count_steps(len(train), plan.batch_size, plan.epochs, plan.max_steps, times)
+        per_epoch = count_steps(len(train), plan.batch_size, 1, None, times)
         if start == 0:
             self.make_schedule(total)
+            if self.online is not None:
+                self.online.begin()
             if self.recipe.eval.at_start:
                 on_start(self.evaluate(held_out, 0, 0.0, pairs))
         self.bare.train()
-        steps = steps_of(len(train), plan.batch_size, plan.epochs, plan.max_steps, plan.seed)
+        batches = steps_of(len(train), plan.batch_size, plan.epochs, None, plan.seed)
+        steps = ((rows, window) for window in windows_of(batches, size, times, total) for rows in window)
         with StepProgress(self.console, total, "training", start) as progress:
-            for rows in itertools.islice(steps, start, None):
+            for rows, self.window in steps:
+                if rows.step <= start:
+                    continue
                 epoch = rows.step / per_epoch
-                self._step(rows, [train[r] for r in rows.rows])
+                self._step(rows, self._trees(rows, train))
                 self._sync_reference(rows.step)
                 line, found = None, Record()
                 if rows.step % self.recipe.log.every_steps == 0 or rows.step == total:
@@ -139,6 +160,13 @@ class Engine:
                     self.bare.train()
                 if on_step(rows.step, found):
                     break
+
+    def _trees(self, rows: StepRows, train: Sequence[Tree]) -> Sequence[Tree]:
+        if self.online is None:
+            return [train[r] for r in rows.rows]
+        trees = self.online.trees(rows, self.window, train)
+        self.tally.metrics.share("rollout/empty_steps", not trees, 1)
+        return trees
 
     def _sync_reference(self, step: int) -> None:
         """TR-DPO, equation 3 of arXiv:2404.09656: reference <- alpha policy + (1 - alpha) reference."""
@@ -169,6 +197,10 @@ class Engine:
     def _step(self, rows: StepRows, trees: Sequence[Tree]) -> None:
         """One optimizer step."""
         started, tally = time.perf_counter(), self.tally
+        if not trees:  # of all the completions that were sampled for it, nothing could be learned
+            self.learning_rate = self.schedule.get_last_lr()[0]
+            self.schedule.step()
+            return
         prepared, self.state = self._prepare(trees, self.state, self.step_reference)
         rounds, whole = self._rounds(trees, prepared)
         total, bad = torch.zeros((), device=self.device, dtype=torch.float64), BadRows()
@@ -324,6 +356,10 @@ class Engine:
             return {}
         self.bare.eval()
         started, metrics, bad = time.perf_counter(), Accumulator(), BadRows()
+        if self.online is not None:
+            held_out = self.online.held_out(held_out, step, metrics)
+            if self.held_out_reference is not None:
+                self.held_out_reference.forget()
         size = self.recipe.train.batch_size
         blocks, pair_blocks = ([[rows[i] for i in b] for b in blocks_of(len(rows), size)] for rows in (held_out, pairs))
         with StepProgress(self.console, len(blocks) + len(pair_blocks), f"evaluating at step {step}") as progress:
@@ -333,6 +369,8 @@ class Engine:
                 progress.advance(number)
         self._stop_if(bad, f"evaluation at step {step}", step)
         line: Record = {"step": step, "epoch": round(epoch, 6), "eval_loss": loss}
+        if not blocks:
+            del line["eval_loss"]
         line |= {f"eval_{name}": value for name, value in self._over_ranks(metrics).items()}
         line["eval_runtime"] = time.perf_counter() - started
         self._write(line)
@@ -355,6 +393,8 @@ class Engine:
             sums.append(mine)
             units.append(torch.tensor(whole.units))
             progress.advance(number)
+        if not blocks:
+            return 0.0
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum").cpu()
         return float((total / torch.stack(units).sum(0).clamp(min=1)).sum())
 
@@ -372,13 +412,15 @@ class Engine:
         tally, self.tally = self.tally, Tally()
         self.tokens_seen += tally.tokens
         line: Record = {"step": step, "epoch": round(epoch, 6)}
-        line["loss"] = torch.stack([loss.cpu() for loss in tally.losses]).mean().item()
+        if tally.losses:
+            line["loss"] = torch.stack([loss.cpu() for loss in tally.losses]).mean().item()
         line |= self.first_line
         self.first_line = {}
         line |= self._over_ranks(tally.metrics)
         line["learning_rate"] = self.learning_rate
         line["num_tokens"] = self.tokens_seen
-        line["tokens_per_second"] = tally.tokens / tally.seconds
+        if tally.seconds:
+            line["tokens_per_second"] = tally.tokens / tally.seconds
         line["memory"] = max(of_all_ranks(self.accelerator, memory_gib(self.device)))
         if self.accelerator.mixed_precision == "fp16":
             line["skipped_steps"] = tally.skipped

@@ -110,7 +110,9 @@ def _check_sizes(job: Job, scorer: Scorer, say: Say) -> None:
 
 def check_head(job: Job, engine: Engine) -> None:
     """The model's head is read rightly: one short forward pass of every rank."""
-    check_scorer(engine.bare, padded_layout([job.data.shortest]), engine.inside)
+    shortest = job.data.shortest
+    rows = [shortest] if shortest.completions else trial_trees(shortest)
+    check_scorer(engine.bare, padded_layout(rows), engine.inside)
 
 
 # --- the layout of rows ----------------------------------------------------------------------------------------------
@@ -229,7 +231,7 @@ def _packed(scorer: Scorer, forward: Callable[[Layout], Any], layout: Layout) ->
 
 def trial_trees(tree: Tree) -> list[Tree]:
     """Two trees of two completions each, unlike each other, of up to 64 tokens of a row."""
-    ids = np.concatenate([tree.prompt, tree.completions[0].ids])
+    ids = np.concatenate([tree.prompt, *(c.ids for c in tree.completions[:1])])
     ids = np.resize(ids, max(len(ids), 12))[:64]
     prompt, rest = np.split(ids, [len(ids) // 2])
     both = (Completion(rest), Completion(rest[::-1][1:]))

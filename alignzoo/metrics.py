@@ -21,7 +21,7 @@ RESERVED = frozenset({
     "padding_fraction", "shared_fraction", "router_loss", "seconds", "skipped_steps",
     "reference/drift", "reference/drift_mean",
 })  # fmt: skip
-RESERVED_PREFIXES = ("eval_", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/", "pairs/")
+RESERVED_PREFIXES = ("eval_", "rollout/", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/", "pairs/")
 
 
 Table = dict[str, dict[str, Any]]
@@ -56,9 +56,10 @@ class Accumulator:
         if metric.where is not None:
             values = values[metric.where]
         if values.numel():
-            self._reach(name, metric.reduce, getattr(values, metric.reduce)())
+            self.reach(name, metric.reduce, getattr(values, metric.reduce)())
 
-    def _reach(self, name: str, reduce: str, found: Tensor) -> None:
+    def reach(self, name: str, reduce: str, found: Tensor) -> None:
+        """Adds a number, (), to an extreme. reduce: "min" or "max"."""
         if name in self.extremes:
             found = getattr(torch.stack([self.extremes[name][1], found]), reduce)()
         self.extremes[name] = (reduce, found)
@@ -79,7 +80,7 @@ class Accumulator:
             for name, total in table["sums"].items():
                 whole.share(name, total, table["counts"][name])
             for name, (reduce, value) in table["extremes"].items():
-                whole._reach(name, reduce, torch.tensor(value, dtype=torch.float64))
+                whole.reach(name, reduce, torch.tensor(value, dtype=torch.float64))
         return whole
 
     def result(self) -> dict[str, float]:

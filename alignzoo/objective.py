@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from alignzoo.api import (
 )
 from alignzoo.batch import Layout
 from alignzoo.errors import PluginError
-from alignzoo.tree import Tree
+from alignzoo.tree import LogPs, Tree
 
 State = dict[str, Tensor]
 
@@ -169,7 +170,24 @@ def _labelled(loss: Loss, scored: Scored) -> Batch:
 
 def _groups(loss: Loss, scored: Scored) -> Batch:
     completion = _log_probs(loss.name, loss.token_stats, scored, None)
-    return Groups(completion=completion, **per_row(scored.trees, completion.mask.device), **_common(scored))
+    sampled = [c for t in scored.trees for c in t.completions]
+    return Groups(
+        completion=completion,
+        old=_table([c.old for c in sampled], completion.policy),
+        sampler=_table([c.sampler for c in sampled], completion.policy),
+        **per_row(scored.trees, completion.mask.device),
+        **_common(scored),
+    )
+
+
+def _table(rows: Sequence[LogPs | None], like: Tensor) -> Tensor | None:
+    """Log-probs of completions as (N, T), zeros behind their ends; None where they are not known."""
+    found = np.zeros(like.shape, np.float32)
+    for n, row in enumerate(rows):
+        if row is None:
+            return None
+        found[n, : len(row)] = row[: found.shape[1]]
+    return torch.from_numpy(found).to(like.device)
 
 
 _BATCHES: dict[str, Callable[[Loss, Scored], Batch]] = {

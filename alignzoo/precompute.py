@@ -31,9 +31,9 @@ from alignzoo.micro import memory_in_words
 from alignzoo.model import locate
 from alignzoo.progress import StepProgress, sayer
 from alignzoo.reference import AdapterOff, Cached, FrozenReference, Reference, lengths_of
-from alignzoo.refstore import Identity, LogPs, ReferenceStore, row_key
+from alignzoo.refstore import Identity, ReferenceStore, row_key
 from alignzoo.sharding import hold_frozen, of_all_ranks, same_everywhere
-from alignzoo.tree import Tree
+from alignzoo.tree import LogPs, Tree
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -187,6 +187,34 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    completions: int = setting(8, "completions sampled for each prompt", ge=1)
+    max_new_tokens: int = setting(
+        256, "longest completion in tokens; prompts that leave no room for it are dropped", ge=1
+    )
+    temperature: float = setting(1.0, "of the sampling; log-probs are trained at temperature 1", gt=0)
+    top_p: float = setting(1.0, "sample from the most probable tokens that reach this mass; 1: off", gt=0, le=1)
+    top_k: int = setting(0, "sample from so many most probable tokens; 0: off", ge=0)
+    min_p: float = setting(
+        0.0, "sample from tokens at least so probable as this part of the most probable; 0: off", ge=0, le=1
+    )
+    refresh_every_steps: int = setting(
+        1, "the prompts of so many steps are answered at once, by the policy as it is at the first of them", ge=1
+    )
+    iterations: int = setting(1, "how often these steps are gone through before new completions are sampled", ge=1)
+    pairs_per_prompt: int = setting(1, "pairs: the best against the worst, the second best against ...", ge=1)
+    min_gap: float = setting(0.0, "pairs: the rewards of the two differ by more than this", ge=0)
+    threshold: float | None = setting(
+        None, "labelled: desirable at this reward and above (0 if not given); demonstrations: the best one if it has it"
+    )
+    eval_completions: int | None = setting(
+        None, "completions sampled for each held-out prompt; as many as in training if not given", ge=1
+    )
+    batch_tokens: int = setting(32768, "positions that are sampled at once: prompts and completions, padded", ge=1)
+    keep: int = setting(8, "completions of each step that are written to completions.jsonl", ge=0)
+
+
+@dataclass(frozen=True)
 class Log:
     every_steps: int = setting(1, "write a line of metrics every so many steps", ge=1)
     trackers: tuple[str, ...] = setting((), "accelerate's trackers, e.g. tensorboard, wandb (extra trackers)")
@@ -241,6 +269,7 @@ class Recipe:
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     samples: Samples = Samples()
+    rollout: Rollout | None = None
     log: Log = Log()
     output: Output = Output()
     rewards: tuple[RewardChoice, ...] = ()
@@ -257,8 +286,9 @@ class Recipe:
 
 SECTIONS: dict[str, type] = {
     "model": Model, "reference": Reference, "data": Data, "train": Train, "engine": Engine, "checkpoint": Checkpoint,
-    "eval": Eval, "samples": Samples, "log": Log, "output": Output,
+    "eval": Eval, "samples": Samples, "rollout": Rollout, "log": Log, "output": Output,
 }  # fmt: skip
+OPTIONAL = frozenset({"rollout"})  # sections that change what a run does by being there
 KNOWN = (*SECTIONS, "loss", "rewards")
 
 
@@ -293,6 +323,9 @@ def _build_sections(content: Mapping[str, Any], problems: list[Problem]) -> dict
     problems.extend(Problem((key,), _unknown(key, content[key])) for key in content if key not in KNOWN)
     built: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
+        if name in OPTIONAL and name not in content:
+            built[name] = None
+            continue
         table = content.get(name, {})
         if isinstance(table, Raw):
             table = parse_raw(table, cls)
@@ -408,10 +441,22 @@ def _sense_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("reference", "sync_every_steps"), "needs whole weights to move: remove [model.lora]")
         if recipe.reference.path is not None:
             yield Problem(("reference", "sync_every_steps"), "moves a copy of the start model: remove reference.path")
+    if recipe.rollout is not None:
+        yield from _rollout_problems(recipe, recipe.rollout)
     if recipe.reference.revision is not None and recipe.reference.path is None:
         yield Problem(("reference", "revision"), "there is no reference.path that it could be a revision of")
     if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:
         yield Problem(("train", "warmup_steps"), f"{train.warmup_steps} is more than max_steps = {train.max_steps}")
+
+
+def _rollout_problems(recipe: Recipe, rollout: Rollout) -> Iterator[Problem]:
+    if recipe.reference.mode == "cache":
+        yield Problem(("reference", "mode"), "completions are sampled during the run: nothing of them can be kept")
+    if recipe.data.max_length <= rollout.max_new_tokens:
+        yield Problem(
+            ("rollout", "max_new_tokens"),
+            f"{rollout.max_new_tokens} leaves no room for a prompt in data.max_length = {recipe.data.max_length}",
+        )
 
 
 def to_table(
@@ -425,7 +470,8 @@ def to_table(
         "loss": {"name": recipe.losses[0].name, **{k: v for k, v in losses[0].items() if v is not None}}
     }
     for name in SECTIONS:
-        table[name] = _plain(getattr(recipe, name))
+        if (section := getattr(recipe, name)) is not None:
+            table[name] = _plain(section)
     if recipe.rewards:
         own = [f.name for f in dataclasses.fields(RewardKeys)]
         resolved = reward_settings or [choice.settings for choice in recipe.rewards]

@@ -31,7 +31,7 @@ class ReferencePlan:
 
 def plan_reference(recipe: Recipe, loss: Loss, *, live_model: bool = False) -> ReferencePlan:
     """None when the loss needs none; adapter off under LoRA when the reference is the base; a frozen copy where it
-    moves or the recipe asks for one; else log-probs from the cache.
+    moves, completions are sampled during the run, or the recipe asks for one; else log-probs from the cache.
     """
     if not loss.needs_reference:
         return ReferencePlan("none", f'none: "{loss.name}" needs no reference with these settings')
@@ -43,7 +43,7 @@ def plan_reference(recipe: Recipe, loss: Loss, *, live_model: bool = False) -> R
         return ReferencePlan("frozen", f"a copy of the start model {start}, {how}")
     if recipe.model.lora is not None and mode == "auto" and path is None:
         return ReferencePlan("adapter_off", f"adapter switched off: the base model {start}")
-    if mode == "live":
+    if mode == "live" or recipe.rollout is not None:
         whose = f"model of its own: {path}" if path else f"copy of the start model {start}"
         return ReferencePlan("frozen", f"a frozen {whose}")
     whose = f"a model of its own, {path}" if path else f"the start model {start}"

@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from alignzoo.data.cache import base_folder, size_limit
 from alignzoo.progress import Say
-from alignzoo.tree import Ids
+from alignzoo.tree import Ids, LogPs
 
 FORMAT = 1  # of the files
 WAIT = 30.0  # seconds for another writer
@@ -43,7 +42,6 @@ CREATE TABLE IF NOT EXISTS rows (
     key BLOB PRIMARY KEY, length INTEGER NOT NULL, checksum INTEGER NOT NULL, logps BLOB NOT NULL
 );
 """
-LogPs = npt.NDArray[np.float32]  # (t,) of one completion
 T = TypeVar("T")
 
 

@@ -32,7 +32,8 @@ from alignzoo.precompute import Precompute
 from alignzoo.progress import sayer
 from alignzoo.recipe import Recipe, load_recipe
 from alignzoo.report import Sample, figures_table, finish, samples_table, summary
-from alignzoo.samples import answer
+from alignzoo.rollout import Rollouts
+from alignzoo.samples import answer, stop_tokens
 from alignzoo.sharding import end_trackers, leave, make_accelerator, of_all_ranks, same_everywhere, zero_in_words
 from alignzoo.snapshot import full_state, restore, save_snapshot
 from alignzoo.stopping import Interrupted, Signals, Stopping
@@ -145,12 +146,24 @@ def _engine(
     source = "engine.tokens_per_device" if recipe.engine.tokens_per_device else f"the default for {engine.device.type}"
     ranks = f"{engine.ranks} processes, ZeRO stage {recipe.engine.zero}, " if engine.ranks > 1 else ""
     say(f"engine: {ranks}{engine.device}, {precision}, micro-batches of at most {engine.budget} positions ({source})")
+    if recipe.rollout is not None:
+        engine.online = _rollouts(job, engine, place, console)
     large = job.data.rows_over(engine.budget, packed=engine.way.packed, shared=engine.way.shared)
     if large:
         say(f"{large} rows have more positions than that: each runs alone, in more memory")
     if job.loss.has_prepare and job.loss.prepare_pass:
         say(f"{job.info.name} looks at each whole step first: one more forward pass without gradients per step")
     return engine
+
+
+def _rollouts(job: Job, engine: Engine, place: Place, console: Console) -> Rollouts:
+    """What answers the prompts during the run."""
+    recipe, model = job.recipe, engine.bare.model
+    job.rewards.start(engine.device)
+    stops = stop_tokens(model, job.tokenizer, choose_template(recipe.data, job.tokenizer).does.end)
+    return Rollouts(
+        recipe, engine, job.rewards, job.tokenizer, stops, place.run_dir.path, console=console, say=sayer(console)
+    )
 
 
 class Training:
@@ -193,6 +206,8 @@ class Training:
         self.say(f"going on after step {reader.step} of {self.job.steps}: {reader.folder}")
         kept = restore(self.engine, reader, self.job.steps, self.say)
         self.before = list(kept["answers_before"])
+        if self.engine.online is not None:
+            self.engine.online.load_state(kept["rollouts"])
         self.stopping = Stopping(self.recipe, kept["best"])
         return reader.step
 
@@ -223,6 +238,8 @@ class Training:
         self.dog.beat(f"writing the checkpoint of step {step}")
         size = self.run_dir.sync_metrics() if self.first else 0
         extra = {"metrics_bytes": size, "answers_before": self.before, "best": self.stopping.state}
+        if self.engine.online is not None:
+            extra["rollouts"] = self.engine.online.state(step, self.engine.window)
         folder = save_snapshot(self.engine, self.checkpoints, step, extra, self.dog.beat)
         self.say(f"saved {folder}")
         if self.first:

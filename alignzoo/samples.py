@@ -42,7 +42,7 @@ def answer(
             [np.asarray(prompt, np.int32) for prompt in prompts],
             1,
             Sampling(settings.max_new_tokens, settings.temperature),
-            stops=_stops(model, tokenizer, end),
+            stops=stop_tokens(model, tokenizer, end),
             pad=pad or 0,
             seeds=[(seed, row) for row in range(len(prompts))],
             beat=beat,
@@ -52,7 +52,7 @@ def answer(
     return [str(tokenizer.decode(made.ids.tolist(), skip_special_tokens=True)).strip() for (made,) in drawn]
 
 
-def _stops(model: Any, tokenizer: Any, end: str) -> list[int]:
+def stop_tokens(model: Any, tokenizer: Any, end: str) -> list[int]:
     """The tokens that end an answer: the generation settings', the tokenizer's and the template's."""
     configured = model.generation_config.eos_token_id
     found = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}

@@ -107,10 +107,9 @@ def plain_text(row: Row) -> Example:
 
 
 def prompts(row: Row) -> Example:
-    """A prompt alone; the other columns of the row stay beside it."""
+    """A prompt alone."""
     value(row, "prompt")
     asked = turns(row, "prompt")
     if not says_something(asked):
         raise BadRow("no-prompt", 'column "prompt" is empty')
-    others = {column: found for column, found in row.items() if column != "prompt"}
-    return Example("prompts", asked, (), columns=others)
+    return Example("prompts", asked, ())

@@ -31,16 +31,29 @@ def _desirable(example: Example) -> tuple[Example, ...]:
     return (replace(example, kind="demonstrations", label=None),)
 
 
+def _prompt_only(example: Example) -> tuple[Example, ...]:
+    """What is asked, up to the last answer."""
+    if example.kind == "demonstrations":
+        example = replace(choose_turns(example, "last"), notes=example.notes)
+    if not says_something(example.prompt):
+        raise BadRow("no-prompt")
+    return (replace(example, kind="prompts", completions=(), label=None),)
+
+
 CONVERSIONS: dict[tuple[str, str], tuple[Callable[[Example], tuple[Example, ...]], str]] = {
     ("pairs", "demonstrations"): (_chosen_side, "the chosen side of each pair"),
     ("pairs", "labelled"): (_both_sides, "chosen labelled true and rejected false, two examples of each pair"),
     ("labelled", "demonstrations"): (_desirable, "those labelled true; the others are dropped"),
+    **{
+        (kind, "prompts"): (_prompt_only, "the prompts, to be answered anew")
+        for kind in ("demonstrations", "pairs", "labelled")
+    },
 }
 _SHAPES = {
     "demonstrations": "prompt and completion, or messages",
     "pairs": "prompt, chosen and rejected",
     "labelled": "prompt, completion and a label",
-    "groups": "prompts whose completions are sampled and rewarded during the run",
+    "groups": "prompts whose completions are sampled and rewarded during the run, see [rollout]",
     "prompts": "prompts without an answer",
 }
 
@@ -56,7 +69,7 @@ def converter(
         return _same, ""
     if (held, wanted) in CONVERSIONS:
         return CONVERSIONS[held, wanted]
-    possible = [held, *(to for of, to in CONVERSIONS if of == held)]
+    possible = [held, *(to for of, to in CONVERSIONS if of == held and to != "prompts")]
     found = f"; columns found: {', '.join(columns[:20])}" if columns else ""
     other = f", or take a loss for {' or '.join(possible)}: `alignzoo losses` lists the kind of each"
     raise DataError(

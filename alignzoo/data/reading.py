@@ -49,6 +49,7 @@ class _Reader:
     change: Callable[[Example], tuple[Example, ...]]
     keep: tuple[str, ...]
     train_on: str
+    prompts: bool  # only prompts are wanted, with the other columns for rewards
 
     def examples(self, row: Row) -> tuple[Example, ...]:
         """Raises BadRow and Dropped."""
@@ -64,7 +65,9 @@ class _Reader:
         values = self.match.named(renamed)
         example = self.match.format.convert(values)
         drawn = weight_key(example)
-        if example.kind == "demonstrations":
+        if self.prompts:
+            example = replace(example, columns={name: v for name, v in renamed.items() if name != "prompt"})
+        elif example.kind == "demonstrations":
             example = choose_turns(example, self.train_on)
         derived = self.match.format.derived
         extra = numbers(derived(values) if derived and self.keep else values, self.keep)
@@ -96,11 +99,11 @@ def read(opened: Opened, source: Source, data: Data, kind: str | None = None) ->
     check_keep([*columns, *match.format.adds], data.keep, name)
     known = match.format
     change, conversion = converter(known.kind, kind or known.kind, name, columns)
-    reader = _Reader(mapping, match, change, data.keep, data.train_on)
+    reader = _Reader(mapping, match, change, data.keep, data.train_on, "prompts" in (kind, known.kind))
     examples = _examples(chain(first, rows), reader.examples, tally)
     unused = tuple(column for column in columns if column not in (*match.known, *data.keep))
-    if known.kind == "prompts":
-        unused = ()
+    if "prompts" in (kind, known.kind):
+        unused = ()  # rewards may read any column
     return Reading(name, examples, tally, known, tuple(columns), conversion, unused, _remarks(match))
 
 

@@ -89,7 +89,7 @@ def _render_chat(example: Example, template: Template, tokenizer: PreTrainedToke
 
 def _gaps(completions: Sequence[Messages], start: int) -> Iterator[tuple[int, int]]:
     """Where learned turns end and the next ones begin, as places in the conversation. start: of the completion."""
-    learned = [turn["role"] == "assistant" for turn in completions[0]]
+    learned = [turn["role"] == "assistant" for turn in completions[0]] if completions else []
     end = 0
     for i in range(1, len(learned)):
         if learned[i - 1] and not learned[i]:

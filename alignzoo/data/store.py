@@ -48,7 +48,8 @@ COLUMNS: dict[str, str] = {
     "lengths": "<i4",
     # of each row its prompt, its completions and, where some tokens do not count, a bit for each token of those
     "tokens": "<i4",
-    # of each row a JSON list: its place in the source, what was asked, its extra columns
+    # of each row a JSON list: its place in the source, what was asked last, its extra columns; of prompts also all that
+    # was asked, and the other columns
     "text": "<u1",
 }
 _ENDS = {"tokens_end": "tokens", "text_end": "text", "completions_end": "lengths"}
@@ -165,12 +166,13 @@ class Store:
 
     def tree(self, index: int, row: int, mismatched: Completion | None = None) -> Tree:
         """The tree of a stored row, under its number in the data set."""
-        place, _, extra = self._texts(index)
+        place, _, extra, *whole = self._texts(index)
+        asked, columns = whole or ("", {})
         label = int(self._columns["label"][index])
         prompt, completions = self._tokens(index)
         return Tree(
             row, prompt, completions, self.name + place, None if label < 0 else bool(label),
-            extra=extra, mismatched=mismatched,
+            extra=extra, mismatched=mismatched, asked=asked, columns=columns,
         )  # fmt: skip
 
     def own(self, index: int) -> Ids:

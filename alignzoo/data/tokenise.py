@@ -38,7 +38,7 @@ class Pieces:
     @property
     def longest(self) -> int:
         """Tokens of the longest completion."""
-        return max(len(completion.ids) for completion in self.completions)
+        return max((len(completion.ids) for completion in self.completions), default=0)
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,10 @@ def split(prompt: Ids, wholes: Sequence[Ids], cuts: Sequence[int] = ()) -> Piece
 
     cuts: places in the first whole where a learned turn ends, the next begins, and so on.
     """
+    if not wholes:
+        if not len(prompt):
+            raise BadRow("no-context", "the prompt has no tokens")
+        return Pieces(prompt, ())
     shared = [common_prefix(prompt, whole) for whole in wholes]
     starts = [max(n, 1) for n in shared]  # nothing predicts the first token of a text: it is context
     for start, whole in zip(starts, wholes, strict=True):
