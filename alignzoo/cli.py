@@ -89,6 +89,25 @@ def cli(local_rank: int | None) -> None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="JSON Lines file to write.")
+@click.option("--make", type=click.Choice(["ranked", "pairs", "best"]), default="ranked", show_default=True,
+              help="Of each prompt: all completions, best and worst as a pair, or the best one.")  # fmt: skip
+@_recipe_options
+def sample(recipe: Path, out: Path, make: str, overrides: tuple[str, ...], plugins: tuple[Path, ...]) -> None:
+    """Sample and reward completions of a recipe with [rollout] into a file.
+
+    Without training: the model answers every training prompt. Started again, it goes on where it stopped.
+    """
+    from rich.console import Console
+
+    from alignzoo.offline import sample as sample_offline
+    from alignzoo.recipe import load_recipe
+
+    sample_offline(load_recipe(recipe, overrides), out, make, plugins, Console())
+
+
 @cli.command(cls=_Launchable)
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECIPE...")
 @_recipe_options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -44,20 +44,24 @@ def _groups(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> list
     return [replace(tree, truncated=tuple(one.truncated for one in sampled))]
 
 
-def _ranked(sampled: Sequence[Sampled]) -> list[tuple[float, Sampled]]:
+def ranked(sampled: Sequence[Sampled]) -> list[Sampled]:
     """Those with a reward, the best first; of equal ones the one that was sampled first."""
-    return sorted(((one.reward, one) for one in sampled if one.reward is not None), key=lambda pair: -pair[0])
+    return sorted((one for one in sampled if one.reward is not None), key=lambda one: -(one.reward or 0.0))
+
+
+def best_and_worst(sampled: Sequence[Sampled], settings: Rollout) -> Iterator[tuple[Sampled, Sampled]]:
+    """The best against the worst, the second best against the second worst, and so on."""
+    order = ranked(sampled)
+    most = min(settings.pairs_per_prompt, len(order) // 2)
+    for best, worst in zip(order[:most], order[::-1][:most], strict=True):
+        gap = (best.reward or 0.0) - (worst.reward or 0.0)
+        if gap > settings.min_gap and not np.array_equal(best.ids, worst.ids):
+            yield best, worst
 
 
 def _pairs(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> list[Tree]:
-    """The best against the worst, the second best against the second worst, and so on."""
-    ranked = _ranked(sampled)
-    most = min(settings.pairs_per_prompt, len(ranked) // 2)
-    trees = []
-    for (high, best), (low, worst) in zip(ranked[:most], ranked[::-1][:most], strict=True):
-        if high - low > settings.min_gap and not np.array_equal(best.ids, worst.ids):
-            trees.append(replace(prompt, completions=(best.completion, worst.completion)))
-    return trees
+    found = best_and_worst(sampled, settings)
+    return [replace(prompt, completions=(best.completion, worst.completion)) for best, worst in found]
 
 
 def _labelled(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> list[Tree]:
@@ -72,10 +76,10 @@ def _labelled(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> li
 
 def _demonstrations(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> list[Tree]:
     """The best of them."""
-    ranked = _ranked(sampled)
-    if not ranked or (settings.threshold is not None and ranked[0][0] < settings.threshold):
+    best = next(iter(ranked(sampled)), None)
+    if best is None or (settings.threshold is not None and (best.reward or 0.0) < settings.threshold):
         return []
-    return [replace(prompt, completions=(ranked[0][1].completion,))]
+    return [replace(prompt, completions=(best.completion,))]
 
 
 _Maker = Callable[[Tree, Sequence[Sampled], Rollout], list[Tree]]

@@ -17,7 +17,7 @@ def sayer(console: Console) -> Say:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-_SHOWN = {"loss": "loss", "accuracies": "acc", "margins": "margin", "tokens_per_second": "tok/s"}
+_SHOWN = {"loss": "loss", "accuracies": "acc", "margins": "margin", "reward": "reward", "tokens_per_second": "tok/s"}
 
 
 class StepProgress:

@@ -10,9 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from alignzoo.answering import Answerer
 from alignzoo.batch import StepRows
 from alignzoo.engine import Engine
-from alignzoo.errors import AlignzooError, RunError
+from alignzoo.errors import AlignzooError
 from alignzoo.making import Sampled, make_trees, mismatch, numbered
 from alignzoo.metrics import Accumulator
-from alignzoo.progress import Say, StepProgress
+from alignzoo.progress import StepProgress
 from alignzoo.recipe import Recipe
 from alignzoo.reference import lengths_of
 from alignzoo.rewards import Rewards
-from alignzoo.sampling import Sampling, draw
 from alignzoo.sharding import of_all_ranks
 from alignzoo.tree import Completion, Tree
 
@@ -49,19 +47,25 @@ class Rollouts:
         folder: Path,
         *,
         console: Console,
-        say: Say,
     ) -> None:
         """stops: tokens that end a completion; folder: of the run, for completions.jsonl"""
         assert recipe.rollout is not None
         self.recipe, self.settings, self.engine, self.rewards = recipe, recipe.rollout, engine, rewards
-        self.tokenizer, self.stops, self.file = tokenizer, list(stops), folder / "completions.jsonl"
-        self.console, self.say = console, say
+        self.answerer = Answerer(
+            engine.bare.model,
+            tokenizer,
+            rewards,
+            recipe,
+            stops,
+            engine.accelerator.autocast,
+            lambda what: engine.beat(what),
+        )
+        self.console, self.file = console, folder / "completions.jsonl"
         loss = engine.objective.loss
         self.kind, self.mismatched = loss.data, loss.needs_mismatched
         moves = self.settings.refresh_every_steps * self.settings.iterations > 1
         self.keeps_old = self.kind == "groups" and moves
         self.window: dict[int, list[Tree]] = {}  # by batch
-        self.failed: Mapping[str, int] = {}  # by reward: values of the last call on this rank
 
     def trees(self, rows: StepRows, batches: Sequence[StepRows], prompts: Sequence[Tree]) -> list[Tree]:
         """The trees of a step. batches: those that are answered together; prompts: of all rows of the data set."""
@@ -108,13 +112,13 @@ class Rollouts:
         began = time.perf_counter()
         found: dict[int, list[Sampled]] | AlignzooError
         with engine.holder.gathered():
-            drawn = self._draw([asked[i] for i in mine], times, progress)
+            drawn = self.answerer.draw([asked[i] for i in mine], times, progress.advance)
         between = time.perf_counter()
         try:
-            rewarded = self._reward([asked[i][1] for i in mine], drawn)
+            rewarded, failed = self.answerer.reward([asked[i][1] for i in mine], drawn)
             found = dict(zip(mine, rewarded, strict=True))
             record(metrics, rewarded)
-            for name, count in self.failed.items():
+            for name, count in failed.items():
                 metrics.share(f"rollout/rewards_failed/{name}", count, sum(map(len, rewarded)))
         except AlignzooError as error:
             found = error
@@ -123,46 +127,10 @@ class Rollouts:
         merged: dict[int, list[Sampled]] = {}
         for one in of_all_ranks(engine.accelerator, found):
             if isinstance(one, AlignzooError):
-                raise RunError(one.what, why=one.why, fix=one.fix, on_all_ranks=True)
+                one.on_all_ranks = True
+                raise one
             merged |= one
         return [merged[i] for i in range(len(asked))]
-
-    def _draw(self, asked: Sequence[tuple[int, Tree]], times: int, progress: StepProgress) -> list[list[Sampled]]:
-        engine, settings = self.engine, self.settings
-        sampling = Sampling(
-            max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
-            top_k=settings.top_k, min_p=settings.min_p, batch_tokens=settings.batch_tokens,
-        )  # fmt: skip
-        with engine.accelerator.autocast() if engine.accelerator.mixed_precision != "no" else nullcontext():
-            drawn = draw(
-                engine.bare.model, [tree.prompt for _, tree in asked], times, sampling, stops=self.stops,
-                pad=0, seeds=[(self.recipe.train.seed, batch, tree.row) for batch, tree in asked],
-                beat=lambda: engine.beat("sampling"), progress=progress.advance,
-            )  # fmt: skip
-        return [
-            [Sampled(one.ids, one.logps, one.truncated, self._text(one.ids)) for one in of_prompt]
-            for of_prompt in drawn
-        ]
-
-    def _text(self, ids: Any) -> str:
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-
-    def _reward(self, prompts: Sequence[Tree], drawn: Sequence[Sequence[Sampled]]) -> list[list[Sampled]]:
-        """The completions with their rewards, all of this rank in one call."""
-        flat = [(prompt, one) for prompt, of_prompt in zip(prompts, drawn, strict=True) for one in of_prompt]
-        if not flat:
-            return []
-        self.engine.beat("rewards")
-        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-        columns = {name: [prompt.columns.get(name) for prompt, _ in flat] for name in names}
-        scored = self.rewards.score([p.asked for p, _ in flat], [one.text for _, one in flat], columns)
-        self.failed = scored.failed
-        rewarded = [
-            replace(one, reward=scored.total[i], rewards={name: values[i] for name, values in scored.each.items()})
-            for i, (_, one) in enumerate(flat)
-        ]
-        left = iter(rewarded)
-        return [list(islice(left, len(of_prompt))) for of_prompt in drawn]
 
     # --- what the loss eats
 

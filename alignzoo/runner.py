@@ -161,9 +161,7 @@ def _rollouts(job: Job, engine: Engine, place: Place, console: Console) -> Rollo
     recipe, model = job.recipe, engine.bare.model
     job.rewards.start(engine.device)
     stops = stop_tokens(model, job.tokenizer, choose_template(recipe.data, job.tokenizer).does.end)
-    return Rollouts(
-        recipe, engine, job.rewards, job.tokenizer, stops, place.run_dir.path, console=console, say=sayer(console)
-    )
+    return Rollouts(recipe, engine, job.rewards, job.tokenizer, stops, place.run_dir.path, console=console)
 
 
 class Training:

@@ -45,7 +45,7 @@ _ABOUT = {
     "checkpoint": "All that a run needs to go on after it was stopped. See [checkpoints.md](checkpoints.md).",
     "eval": "When the held-out rows are evaluated.",
     "samples": "Answers of the model before and after training, for `samples.md`.",
-    "rollout": "Where it is there, the rows are prompts, answered by the policy during the run: see [online.md](online.md).",
+    "rollout": "With this section the rows are prompts, answered during the run. See [online.md](online.md).",
     "log": "How often metrics are written, and where else. See [runs.md](runs.md).",
     "output": "Where the run directory is made and what is saved in it.",
 }

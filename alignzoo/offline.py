@@ -1,0 +1,141 @@
+"""`alignzoo sample`: completions sampled and rewarded into a file, as rows that a later run learns from.
+
+The file grows prompt by prompt; beside it lies FILE.sampling.json, which tells what made it, so that an interrupted
+command goes on where it stopped and another one does not mix its rows in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from alignzoo.answering import Answerer
+from alignzoo.check import Job, make_job
+from alignzoo.data.rows import content_hash
+from alignzoo.data.template import choose_template
+from alignzoo.data.watch import Watch
+from alignzoo.errors import AlignzooError, RecipeError
+from alignzoo.making import Sampled, best_and_worst, ranked
+from alignzoo.model import load_model
+from alignzoo.progress import Say, StepProgress, sayer
+from alignzoo.recipe import Recipe, Rollout, to_table
+from alignzoo.samples import stop_tokens
+from alignzoo.sharding import make_accelerator
+from alignzoo.tree import Tree
+
+_AT_ONCE = 16  # prompts between two writes
+Line = dict[str, Any]
+_Maker = Callable[[Tree, Sequence[Sampled], Rollout], Iterator[Line]]
+
+
+def _ranked(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iterator[Line]:
+    """All completions in a row, the best first, those without a reward last."""
+    del settings
+    order = [*ranked(sampled), *(one for one in sampled if one.reward is None)]
+    yield {
+        "prompt": prompt.asked, "completions": [one.text for one in order], "rewards": [one.reward for one in order],
+        "each": [dict(one.rewards) for one in order], "truncated": [one.truncated for one in order],
+    }  # fmt: skip
+
+
+def _pairs(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iterator[Line]:
+    for best, worst in best_and_worst(sampled, settings):
+        yield {
+            "prompt": prompt.asked, "chosen": best.text, "rejected": worst.text, "chosen_reward": best.reward,
+            "rejected_reward": worst.reward,
+        }  # fmt: skip
+
+
+def _best(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iterator[Line]:
+    for one in ranked(sampled)[:1]:
+        if settings.threshold is None or (one.reward is not None and one.reward >= settings.threshold):
+            yield {"prompt": prompt.asked, "completion": one.text, "reward": one.reward}
+
+
+MAKERS: dict[str, _Maker] = {"ranked": _ranked, "pairs": _pairs, "best": _best}
+
+
+def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], console: Console) -> None:
+    """Answers every training prompt of a recipe with [rollout], and writes what `make` says to a JSON Lines file.
+
+    make: "ranked", "pairs" or "best". Raises AlignzooError; a file of another command is never written to.
+    """
+    say = sayer(console)
+    if recipe.rollout is None:
+        raise RecipeError(
+            f"{recipe.tables.file or 'the recipe'} samples nothing",
+            fix="add a [rollout] section and at least one [[rewards]]",
+        )
+    accelerator = make_accelerator(recipe)
+    job = make_job(recipe, say, plugin_files=plugins, watch=Watch(say, console))
+    prompts, note = job.data.train, out.with_name(f"{out.name}.sampling.json")
+    done = _begin(job, out, note, make, len(prompts), say)
+    if done == len(prompts):
+        return
+    job.rewards.start(accelerator.device)
+    say(f"loading {recipe.model.path} ({recipe.model.dtype})")
+    settings = dataclasses.replace(recipe.model, lora=None)  # an adapter that is not trained yet changes nothing
+    model = load_model(job.location, settings, say).to(accelerator.device)
+    stops = stop_tokens(model, job.tokenizer, choose_template(recipe.data, job.tokenizer).does.end)
+    answerer = Answerer(model, job.tokenizer, job.rewards, recipe, stops, accelerator.autocast)
+    rows = 0
+    with StepProgress(console, len(prompts), f"sampling {recipe.rollout.completions} completions", done) as progress:
+        for start in range(done, len(prompts), _AT_ONCE):
+            asked = prompts[start : start + _AT_ONCE]
+            drawn = answerer.draw([(1, tree) for tree in asked], recipe.rollout.completions, lambda _: None)
+            rewarded, _failed = answerer.reward(asked, drawn)
+            lines = [
+                json.dumps(line, ensure_ascii=False)
+                for prompt, own in zip(asked, rewarded, strict=True)
+                for line in MAKERS[make](prompt, own, recipe.rollout)
+            ]
+            with out.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+            rows += len(lines)
+            _note(note, job, make, start + len(asked), out.stat().st_size)
+            progress.advance(start + len(asked))
+    say(f"{rows} rows of {len(prompts) - done} prompts into {out}")
+
+
+def _identity(job: Job, make: str) -> str:
+    """Of all that the rows depend on."""
+    table = to_table(job.recipe, [job.settings], job.rewards.settings)
+    wanted = {name: table.get(name) for name in ("model", "data", "rollout", "rewards")}
+    sources = [source.sha256 for source in job.data.report.sources]
+    return content_hash(wanted, sources, job.recipe.train.seed, make).hex()
+
+
+def _note(note: Path, job: Job, make: str, prompts: int, size: int) -> None:
+    text = json.dumps({"identity": _identity(job, make), "make": make, "prompts": prompts, "bytes": size})
+    partial = note.with_name(f".{note.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(note)
+
+
+def _begin(job: Job, out: Path, note: Path, make: str, prompts: int, say: Say) -> int:
+    """How many prompts are done in the file, which is cut to what they wrote."""
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+        _note(note, job, make, 0, 0)
+        return 0
+    try:
+        saved = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        saved = {}
+    if saved.get("identity") != _identity(job, make):
+        raise AlignzooError(
+            f"{out} is there already, and this command did not make it",
+            why=f"{note.name} {'tells of another recipe, other data or other plugins' if saved else 'is not there'}",
+            fix="give another name, or remove the file",
+        )
+    with out.open("r+b") as file:
+        file.truncate(saved["bytes"])
+    done: int = saved["prompts"]
+    say(f"{out}: {done} of {prompts} prompts are done" + ("" if done == prompts else ", going on"))
+    return done
