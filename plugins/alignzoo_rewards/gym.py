@@ -23,7 +23,8 @@ class ReasoningGym(alignzoo.Reward):
     """The score that reasoning-gym's own scorer gives; 0 to 1. It needs the extra gym.
 
     The rows have the columns of reasoning-gym's entries: `question`, `answer`, and `metadata` (a table, or JSON) with
-    the name of the task in `source_dataset`. A completion without the tags has no answer, which scorers give 0 or little.
+    the name of the task in `source_dataset`. A completion without the tags has no answer: the scorers give
+    it 0 or little.
     """
 
     name = "reasoning_gym"

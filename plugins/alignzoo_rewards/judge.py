@@ -30,9 +30,10 @@ class Settings:
     url: str = alignzoo.setting(REQUIRED, "address up to /chat/completions, e.g. http://127.0.0.1:8000/v1")
     model: str = alignzoo.setting(REQUIRED, "the model's name there")
     api_key_env: str | None = alignzoo.setting(None, "name of the environment variable that holds the key")
-    prompt: str = alignzoo.setting(
-        PROMPT,
-        "what the judge is asked; {prompt}, {completion} and columns of the rows by name, e.g. {answer}, are filled in",
+    prompt: str | None = alignzoo.setting(
+        None,
+        "what the judge is asked, with {prompt}, {completion} and columns by name, e.g. {answer}, filled in; "
+        "a mark from 0 to 10 if not given",
     )
     score: str = alignzoo.setting(
         r"Score:\s*(-?\d+(?:\.\d+)?)", "regular expression; the first group of its last match is the value"
@@ -72,8 +73,12 @@ class Judge(alignzoo.Reward):
             raise PluginError(f"the environment variable {variable} is not set", fix=f"export {variable}=...")
 
     @property
+    def _prompt(self) -> str:
+        return self.settings.prompt or PROMPT
+
+    @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(sorted(set(_FIELD.findall(self.settings.prompt)) - {"prompt", "completion"}))
+        return tuple(sorted(set(_FIELD.findall(self._prompt)) - {"prompt", "completion"}))
 
     async def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
@@ -84,7 +89,7 @@ class Judge(alignzoo.Reward):
         key = os.environ[s.api_key_env] if s.api_key_env is not None else None
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
         questions = [
-            _filled(s.prompt, {"prompt": _text(prompt), "completion": completion, **row})
+            _filled(self._prompt, {"prompt": _text(prompt), "completion": completion, **row})
             for prompt, completion, row in zip(prompts, completions, _rows(columns, len(prompts)), strict=True)
         ]
         limits = httpx2.Limits(max_connections=s.concurrency)

@@ -31,5 +31,5 @@ class Length(alignzoo.Reward):
         return [self._value(len(c.split() if self.settings.unit == "words" else c)) for c in completions]
 
     def _value(self, length: int) -> float:
-        distance: int = max(0, abs(length - self.settings.target) - self.settings.tolerance)
-        return max(0.0, 1 - distance / self.settings.target)
+        distance = max(0, abs(length - self.settings.target) - self.settings.tolerance)
+        return float(max(0.0, 1 - distance / self.settings.target))

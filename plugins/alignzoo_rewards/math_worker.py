@@ -8,6 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
+
+
+def _gold(answer: str) -> list[Any]:
+    """math-verify finds LaTeX between dollars only, and of bare LaTeX such as 3\\pi it reads the number alone."""
+    from math_verify import parse
+
+    bare = "" if "$" in answer else f"${answer}$"
+    return (parse(bare) if bare and "\\" in answer else parse(answer)) or parse(bare)
 
 
 def main() -> None:
@@ -15,7 +24,7 @@ def main() -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
-        gold = parse(asked["answer"])
+        gold = _gold(asked["answer"])
         value = float(verify(gold, parse(asked["completion"]))) if gold else None
         sys.stdout.write(json.dumps({"value": value}) + "\n")
         sys.stdout.flush()
