@@ -25,13 +25,13 @@ from alignzoo import schema
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.data.rows import REASONS
-from alignzoo.plugins import BLOCK, LossInfo, Registry, discover, loss_table
-from alignzoo.recipe import SECTIONS
+from alignzoo.plugins import BLOCK, LossInfo, Registry, discover, loss_table, reward_table
+from alignzoo.recipe import SECTIONS, RewardKeys
 from alignzoo.tables import reference_in_words
 
 DOCS = Path(__file__).resolve().parent
 LAYOUTS = DOCS.parent / "tests" / "layouts_of_models.py"
-EXAMPLE = DOCS.parent / "tests" / "fixtures_plugins" / "alignzoo_ipo2.py"
+EXAMPLES = DOCS.parent / "tests" / "fixtures_plugins"
 WIDTH = 100  # columns of the --help pages
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
 _RUN = re.compile(r"<!-- run: [\w-]+ -->\n.*?<!-- end: run -->", re.DOTALL)
@@ -81,7 +81,8 @@ def sections() -> list[str]:
         lines += [f"### [{name}]", "", _ABOUT[name], "", *setting_rows(own), ""]
         for inner, places in nested(name, cls).items():
             lines += [f"### {' and '.join(places)}", "", *setting_rows(schema.rows_of(inner)), ""]
-    return lines
+    about = "How good the model's own answers are. All other keys are the reward's own: see [rewards.md](rewards.md)."
+    return [*lines, "### [[rewards]]", "", about, "", *setting_rows(schema.rows_of(RewardKeys)), ""]
 
 
 def nested(section: str, cls: type) -> dict[type, list[str]]:
@@ -136,6 +137,22 @@ def module_doc(info: LossInfo) -> str:
     return sys.modules[info.cls.__module__].__doc__ or ""
 
 
+# --- rewards.md
+
+
+def rewards() -> list[str]:
+    """The rewards that come with alignzoo, in a table and then each with its docstring and settings."""
+    registry = discover()
+    rows = [row for row in reward_table(registry) if row["distribution"] == "alignzoo"]
+    lines = [*table(("reward", "value"), [(code(row["name"]), row["summary"]) for row in rows]), ""]
+    for row in rows:
+        cls = registry.reward(row["name"]).cls
+        own = schema.rows_of(cls.Settings)
+        lines += [f"#### {row['name']}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+        lines += [*(setting_rows(own) if own else ["It has no settings."]), ""]
+    return lines
+
+
 # --- cli.md
 
 
@@ -175,9 +192,9 @@ def layouts() -> list[str]:
     return table(("model", "rows"), list(runpy.run_path(str(LAYOUTS))["EXPECTED"].items()))
 
 
-def example() -> list[str]:
-    """The plugin that the tests load."""
-    return ["```python", EXAMPLE.read_text(encoding="utf-8").rstrip("\n"), "```"]
+def example(file: str) -> list[str]:
+    """A plugin that the tests load."""
+    return ["```python", (EXAMPLES / file).read_text(encoding="utf-8").rstrip("\n"), "```"]
 
 
 # --- verified.md
@@ -200,7 +217,8 @@ def verified_row(record: Mapping[str, Any]) -> Sequence[str]:
 
 PARTS: dict[str, Callable[[], list[str]]] = {
     "sections": sections, "losses": losses, "commands": commands, "formats": formats, "reasons": reasons,
-    "example": example, "layouts": layouts, "verified": verified,
+    "layouts": layouts, "verified": verified, "rewards": rewards,
+    "example": partial(example, "alignzoo_ipo2.py"), "reward-example": partial(example, "alignzoo_brevity.py"),
 }  # fmt: skip
 
 

@@ -26,8 +26,9 @@ from alignzoo import api, hookspecs, metrics, schema
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.declared import DECLARED
-from alignzoo.plugins import discover, loss_table
-from alignzoo.recipe import SECTIONS, LoRA, Source, load_recipe
+from alignzoo.declared_rewards import DECLARED as DECLARED_BY_REWARDS
+from alignzoo.plugins import discover, loss_table, reward_table
+from alignzoo.recipe import KNOWN, SECTIONS, LoRA, RewardKeys, Source, load_recipe
 
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
@@ -129,7 +130,7 @@ def test_every_key_of_a_recipe_is_documented() -> None:
     parts = re.split(r"^### ", page("recipes.md"), flags=re.MULTILINE)
     tables = {part.split("\n")[0]: part for part in parts}
     classes = {f"[{name}]": cls for name, cls in SECTIONS.items()}
-    classes |= {"[model.lora]": LoRA, "[[data.train]] and [[data.eval]]": Source}
+    classes |= {"[model.lora]": LoRA, "[[data.train]] and [[data.eval]]": Source, "[[rewards]]": RewardKeys}
     assert set(classes) == set(tables) - {parts[0].split("\n")[0]}
     for header, cls in classes.items():
         for field in dataclasses.fields(cls):
@@ -148,7 +149,7 @@ def test_the_default_budgets_are_those_of_the_engine() -> None:
 def test_every_hook_and_every_declaration_is_documented() -> None:
     text = page("plugins.md")
     hooks = [name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")]
-    assert hooks == ["alignzoo_losses"]
+    assert hooks == ["alignzoo_losses", "alignzoo_rewards"]
     public = [name for name in vars(api.Loss) if not name.startswith("_") and name != "has_prepare"]
     for name in (*hooks, *DECLARED, *public):
         assert f"`{name}" in text, name
@@ -158,6 +159,16 @@ def test_every_hook_and_every_declaration_is_documented() -> None:
                 assert f"`{field.name}`" in text or f"{field.name}=" in text, f"{cls.__name__}.{field.name}"
     for parameter in inspect.signature(alignzoo.setting).parameters:
         assert f"{parameter}" in text
+
+
+def test_every_reward_and_what_it_declares_is_documented() -> None:
+    text = page("rewards.md")
+    public = [name for name in vars(api.Reward) if not name.startswith("_")]
+    for name in (*DECLARED_BY_REWARDS, *public, "__call__"):
+        assert f"| `{name}" in text, name
+    for row in reward_table(discover()):
+        part = text.split(f"\n#### {row['name']}\n")[1].split("\n#### ")[0]
+        assert row["summary"] in part and all(f"| `{setting['name']}` |" in part for setting in row["settings"])
 
 
 def test_every_public_name_is_documented() -> None:
@@ -392,11 +403,11 @@ def slugs(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("text", blocks("toml"))
-def test_recipes_on_the_pages_load(text: str, tmp_path: Path) -> None:
+def test_recipes_on_the_pages_load(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole recipe as it stands; parts of one put over a small one; other TOML has to parse."""
     table = tomllib.loads(text)
     table.pop("extends", None)
-    if not set(table) <= {*SECTIONS, "loss"}:
+    if not set(table) <= set(KNOWN):
         assert {"project", "build-system"} & set(table)
         return
     if set(SMALL) <= set(table):
@@ -404,11 +415,15 @@ def test_recipes_on_the_pages_load(text: str, tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
         recipe = load_recipe(path)
     else:
+        rewards = {name: table.pop(name) for name in ("rewards",) if name in table}
         merged = {name: {**SMALL.get(name, {}), **table.get(name, {})} for name in {**SMALL, **table}}
-        recipe = load_recipe(merged)
+        recipe = load_recipe(merged | rewards)
     from alignzoo.check import find_loss
+    from alignzoo.rewards import make_rewards
 
+    monkeypatch.setenv("JUDGE_KEY", "a key")
     find_loss(recipe, discover())
+    make_rewards(recipe, discover())
 
 
 @pytest.mark.parametrize("text", blocks("python"))
@@ -419,6 +434,13 @@ def test_python_on_the_pages(text: str, tmp_path: Path, monkeypatch: pytest.Monk
         file.write_text(text, encoding="utf-8")
         losses = [info for info in discover([file]).losses().values() if info.distribution == "file"]
         assert losses and callable(losses[0].cls())
+        return
+    if "alignzoo_rewards" in text:
+        file = tmp_path / "page.py"
+        file.write_text(text, encoding="utf-8")
+        (info,) = [info for info in discover([file]).rewards().values() if info.distribution == "file"]
+        values = info.cls()(["p", "p"], ["", "a red word"], keyword=["red", "red"])
+        assert values == {"keyword": [0.0, 1.0], "brevity": [1.0, 0.94]}[info.name]
         return
     code = compile(text, "page.py", "exec")
     if "alignzoo.run(" not in text and "def prepare" not in text:

@@ -34,8 +34,9 @@ def test_nothing_here_imports_torch() -> None:
     seen = {}
     import alignzoo; seen["alignzoo"] = heavy()
     import alignzoo.plugins as p; seen["plugins"] = heavy()
-    registry = p.discover(); seen["discover"] = heavy() + [m for m in sys.modules if m.startswith("alignzoo_losses")]
-    rows = p.loss_table(registry) + p.plugin_table(registry); seen["tables"] = heavy()
+    registry = p.discover(); 
+    seen["discover"] = heavy() + [m for m in sys.modules if m.startswith(("alignzoo_losses", "alignzoo_rewards"))]
+    rows = p.loss_table(registry) + p.reward_table(registry) + p.plugin_table(registry); seen["tables"] = heavy()
     seen["rows"] = len(rows)
     print(json.dumps(seen))
     """
@@ -59,7 +60,9 @@ def test_the_built_in_losses_come_through_the_same_door(install: Install) -> Non
     assert (info.distribution, info.version, info.label) == ("alignzoo", alignzoo.__version__, "builtin")
     assert info.origin == "alignzoo_losses"
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert pyproject["project"]["entry-points"] == {"alignzoo": {"builtin": "alignzoo_losses"}}
+    assert pyproject["project"]["entry-points"] == {
+        "alignzoo": {"builtin": "alignzoo_losses", "builtin-rewards": "alignzoo_rewards"}
+    }
 
 
 def test_every_built_in_loss_documents_itself(install: Install) -> None:

@@ -15,7 +15,7 @@ from alignzoo.errors import PluginError
 @dataclass(frozen=True)
 class Settings:
     tag: str = alignzoo.setting(
-        "answer", "the answer stands in the last pair of these tags, <answer>...</answer>; empty: it is the whole text"
+        "answer", "name of the tags around the answer, whose last pair counts; empty: the whole text is the answer"
     )
 
 

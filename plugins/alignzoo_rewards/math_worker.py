@@ -16,7 +16,8 @@ def _gold(answer: str) -> list[Any]:
     from math_verify import parse
 
     bare = "" if "$" in answer else f"${answer}$"
-    return (parse(bare) if bare and "\\" in answer else parse(answer)) or parse(bare)
+    found: list[Any] = (parse(bare) if bare and "\\" in answer else parse(answer)) or parse(bare)
+    return found
 
 
 def main() -> None:

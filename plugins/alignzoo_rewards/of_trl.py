@@ -35,7 +35,7 @@ class Repetition(alignzoo.Reward):
 
 
 class Think(alignzoo.Reward):
-    """1 where the completion begins with one <think>...</think>, else 0: TRL's think_format_reward."""
+    """1 where the completion begins with one `<think>...</think>`, else 0: TRL's think_format_reward."""
 
     name = "think"
     Settings = alignzoo.NoSettings
