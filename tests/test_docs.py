@@ -208,7 +208,8 @@ def test_every_loss_has_its_page(row: dict[str, Any]) -> None:
     assert papers and all(paper in text for paper in papers) and f"`{row['data']}`" in text
     hand = re.sub(r"<!-- generated: .*?<!-- end: ", "", text, flags=re.DOTALL)
     for setting in row["settings"]:
-        assert f"`{setting['name']} = {setting['default']}`" in hand, setting["name"]
+        value = f" = {setting['default']}`" if setting["default"] else "` not set"
+        assert f"`{setting['name']}{value}" in hand, setting["name"]
     recipe = (REPO / f"recipes/{name}.toml").read_text(encoding="utf-8")
     rate = tomllib.loads(recipe)["train"]["learning_rate"]
     assert f"`recipes/{name}.toml`" in hand and rate in [float(n) for n in re.findall(r"\b\d+e-\d+\b", hand)]

@@ -198,14 +198,14 @@ def test_an_unknown_loss_says_what_there_is(install: Install) -> None:
 def test_an_unknown_loss_lists_the_broken_likeliest_first(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("aardvark", "raise ValueError('first in the alphabet')\n", version="9.1")
     install("simpo", "raise ValueError('a near miss')\n")
-    install("z", "raise ValueError('the one')\n", version="2.5", name="their-cpo-losses")
+    install("z", "raise ValueError('the one')\n", version="2.5", name="their-xpo-losses")
     install("shut", source_of("shut"))
     monkeypatch.setenv(BLOCK, "shut")
     with pytest.raises(PluginError) as caught:
-        discover().get("cpo")
+        discover().get("xpo")
     why = caught.value.why
     assert why.index("the one") < why.index("a near miss") < why.index("first in the alphabet")
-    assert '"z" (their-cpo-losses 2.5) is broken' in why and '"aardvark" (alignzoo-aardvark 9.1) is broken' in why
+    assert '"z" (their-xpo-losses 2.5) is broken' in why and '"aardvark" (alignzoo-aardvark 9.1) is broken' in why
     assert f'"shut" (alignzoo-shut 1.0) is blocked by {BLOCK}' in why
     assert "alignzoo plugins" in caught.value.fix
 
