@@ -283,6 +283,13 @@ def test_robust_is_unbiased_under_flipped_labels() -> None:
     assert mixture == pytest.approx(units(clean(batch)))
 
 
+def test_discopop_has_the_optima_that_the_paper_names() -> None:
+    """With beta and tau of 0.05: no slope at differences of -2.3714 and 1.44012 nats, downhill to the left of 0."""
+    batch = pairs_with_log_ratios([-2.3714, 1.44012, 0.0], [0.0] * 3, requires_grad=True)
+    slopes = gradients(DiscoPOP(), batch)["chosen"][:, 0].tolist()
+    assert slopes[:2] == pytest.approx([0.0, 0.0], abs=1e-6) and slopes[2] > 1e-2
+
+
 def test_discopop_far_on_the_wrong_side_is_logistic() -> None:
     """h = -1000: TRL's product of 0 and infinity is no number."""
     batch = pairs_with_log_ratios([-1e4], [0.0], dtype=torch.float32, requires_grad=True)

@@ -3,7 +3,8 @@
     h = beta (sum_t log(pi / ref)(y_w) - sum_t log(pi / ref)(y_l))          m = sigmoid(h / tau)
     L = - (1 - m) log sigmoid(h) + m exp(-h)
 
-Reduction: per example. L is not convex: it has a dip on the wrong side of 0, near h = -tau, where a pair may stay.
+Reduction: per example. L is not convex: with the paper's settings it has a dip at log-ratios of -2.37 nats and a crest
+at 1.44, as the paper says. Between them, so at the start too, its slope pulls a pair the wrong way.
 m exp(-h) is computed as exp(log m - h), which is 0 far on the wrong side, where TRL's product is 0 times infinity.
 """
 
