@@ -252,6 +252,75 @@ def data_show(path: str, rows: int, split: str | None, format: str, columns: dic
     Console().print(show_rows(path, rows, split=split, format=format, columns=columns))
 
 
+@data.command("lint")
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="R.toml",
+              help="Look at the data of a recipe, with its template, tokenizer and lengths.")
+@click.option("--eval", "held", multiple=True, metavar="PATH", help="What is held out. May be repeated.")
+@click.option("--split", default=None, help="Split of saved or hub data sets.")
+@click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=_columns,
+              help="Read THEIRS as our column OURS. May be repeated.")
+@_recipe_options
+@click.option("--near", default=0.8, show_default=True, type=click.FloatRange(0.5, 1),
+              help="Similarity from which texts are nearly the same.")
+@click.option("--length-bias", default=0.65, show_default=True, type=click.FloatRange(0.5, 1),
+              help="Part of the pairs whose longer (or shorter) answer is chosen, from which it is a warning.")
+@click.option("--balance", default=0.2, show_default=True, type=click.FloatRange(0, 0.5),
+              help="Part of the rows below which a label is rare.")
+@click.option("--minor", default=0.01, show_default=True, type=click.FloatRange(0, 1),
+              help="Part of the rows below which a warning is a note.")
+@click.option("--rows", default=10, show_default=True, type=click.IntRange(1), help="Worst rows of each finding.")
+@click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
+@click.option("--json", "to_json", is_flag=True, help="Print JSON.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Write a page with the worst rows.")
+@click.pass_context
+def data_lint(
+    context: click.Context,
+    paths: tuple[str, ...],
+    recipe: Path | None,
+    held: tuple[str, ...],
+    split: str | None,
+    format: str,
+    columns: dict[str, str],
+    overrides: tuple[str, ...],
+    plugins: tuple[Path, ...],
+    near: float,
+    length_bias: float,
+    balance: float,
+    minor: float,
+    rows: int,
+    strict: bool,
+    to_json: bool,
+    html: Path | None,
+) -> None:
+    """Look for what is wrong with the data of PATHs, or of a recipe.
+
+    The exit code is 1 with an error, and with --strict also with a warning.
+    """
+    from rich.console import Console
+
+    from alignzoo.data.lint_rules import Thresholds
+    from alignzoo.lint import as_json, check_words, lint_paths, lint_recipe, print_report
+    from alignzoo.recipe import load_recipe
+
+    options = {"--eval": held, "--split": split, "--format": format != "auto", "--column": columns}
+    check_words(paths, recipe, [name for name, given in options.items() if given])
+    console, limits = Console(stderr=to_json), Thresholds(near, length_bias, balance, minor, rows)
+    if recipe:
+        report = lint_recipe(load_recipe(recipe, overrides), limits, console, plugins)
+    else:
+        report = lint_paths(paths, held, limits, console, split=split, format=format, columns=columns)
+    if html:
+        from alignzoo.lint_page import write_page
+
+        write_page(report, html)
+        click.echo(f"page: {html}", err=to_json)
+    click.echo(as_json(report)) if to_json else print_report(report, console)
+    context.exit(report.exit_code(strict))
+
+
 @cli.group()
 def cache() -> None:
     """Look at what is kept between runs: prepared data, and log-probs of references."""

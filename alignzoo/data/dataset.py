@@ -91,7 +91,7 @@ def prepare(
     Raises DataError: a source that cannot be read, rows that cannot be used (data.on_bad_row = "fail"), nothing kept.
     """
     del seed
-    pipeline = _pipeline(data, kind, tokenizer)
+    pipeline = make_pipeline(data, kind, tokenizer)
     loaded = _load(pipeline, _open(data, train, eval), say, watch or Watch(say))
     train_side, eval_side, held_out = _sides(data, loaded)
     warnings = [*_warnings(pipeline, loaded), *_shared_prompts(train_side, eval_side)]
@@ -124,7 +124,7 @@ def held_out(
 
     say: gets no report, but what the cache has to tell. Raises DataError as `prepare` does.
     """
-    pipeline = _pipeline(data, kind, tokenizer)
+    pipeline = make_pipeline(data, kind, tokenizer)
     found = _open(data, train, eval)
     chosen = [one for one in found if one.role == "eval"] or found
     side = _Side.of(_load(pipeline, chosen, say, watch or Watch(say)))
@@ -132,7 +132,8 @@ def held_out(
     return side.once(there).view(None, data.max_length)
 
 
-def _pipeline(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
+def make_pipeline(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
+    """What all sources of a run share. Raises DataError where there is no such template."""
     template = choose_template(data, tokenizer)
     return Pipeline(data, kind, tokenizer, template, Encoder(tokenizer, template), Limits.of(data, tokenizer))
 

@@ -77,14 +77,17 @@ class _Reader:
         return self.change(replace(example, extra=extra, where=row.where, notes=notes, weight_key=drawn))
 
 
-def read(opened: Opened, source: Source, data: Data, kind: str | None = None) -> Reading:
+def read(
+    opened: Opened, source: Source, data: Data, kind: str | None = None, tally: Tally | None = None
+) -> Reading:
     """Opens the pipeline of a source.
 
     kind: what the loss wants, and every example is converted to it; None: as the source holds them. Rows that cannot be
     used are counted in the tally when the examples are drawn. Raises DataError for a source without rows, columns that
-    fit no format, a mapped or kept column that is not there, or a kind that cannot be made of it.
+    fit no format, a mapped or kept column that is not there, or a kind that cannot be made of it. tally: a new one if
+    not given.
     """
-    tally, name = Tally(), opened.name
+    tally, name = tally or Tally(), opened.name
     rows = _counted(islice(opened.rows, source.limit), tally)
     first = _peek(rows)
     if not first:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is learned
-_NAMES = {
+NAMES = {
     "pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "labelled": ("completion",), "prompts": (),
 }  # fmt: skip
-_LABELS = {True: "desirable", False: "undesirable"}
+LABELS = {True: "desirable", False: "undesirable"}
 
 
 def marked_example(tree: Tree, tokenizer: PreTrainedTokenizerBase, limit: int = 2000) -> Text:
@@ -37,7 +37,7 @@ def marked_example(tree: Tree, tokenizer: PreTrainedTokenizerBase, limit: int = 
     """
     text = Text()
     _section(text, f"prompt ({len(tree.prompt)} tokens, not learned)")
-    text.append(_shortened(_decoded(tree.prompt, tokenizer), limit) + "\n", style="dim")
+    text.append(shortened(_decoded(tree.prompt, tokenizer), limit) + "\n", style="dim")
     for name, completion in _named_branches(tree):
         _section(text, f"{name} ({len(completion.ids)} tokens, {completion.counted} learned)")
         _marked(text, completion, tokenizer, limit)
@@ -52,7 +52,7 @@ def rendered_row(tree: Tree, tokenizer: PreTrainedTokenizerBase, limit: int = 60
 
 def _named_branches(tree: Tree) -> Iterator[tuple[str, Completion]]:
     if tree.label is not None:
-        names = [f"completion, {_LABELS[tree.label]}"]
+        names = [f"completion, {LABELS[tree.label]}"]
     elif tree.rewards is not None:
         names = [f"completion {i}, reward {reward:g}" for i, reward in enumerate(tree.rewards, start=1)]
     else:
@@ -71,7 +71,7 @@ def _marked(text: Text, completion: Completion, tokenizer: PreTrainedTokenizerBa
     start = 0
     for learned, run in groupby(mask):
         end = start + len(list(run))
-        part = _shortened(_decoded(completion.ids[start:end], tokenizer), limit)
+        part = shortened(_decoded(completion.ids[start:end], tokenizer), limit)
         text.append(f"{OPEN}{part}{CLOSE}" if learned else part, style="green" if learned else "dim")
         start = end
     text.append("\n")
@@ -81,7 +81,8 @@ def _decoded(ids: Ids, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _shortened(text: str, limit: int) -> str:
+def shortened(text: str, limit: int) -> str:
+    """The text, of a longer one start and end with the number of characters between them."""
     if len(text) <= limit:
         return text
     half = limit // 2
@@ -157,15 +158,15 @@ def _example_table(example: Example, width: int) -> Table:
 def _parts(example: Example, width: int) -> Iterator[tuple[str, Text]]:
     if example.tools:
         names = [str(tool.get("function", tool).get("name", "?")) for tool in example.tools]
-        yield "tools", Text(_shortened(", ".join(names), width))
+        yield "tools", Text(shortened(", ".join(names), width))
     if example.prompt:
         yield from _turn_rows("prompt", example.prompt, width)
-    for name, turns in zip(_NAMES[example.kind], example.completions, strict=True):
+    for name, turns in zip(NAMES[example.kind], example.completions, strict=True):
         yield from _turn_rows(name, turns, width, learned=True)
     if example.label is not None:
-        yield "label", Text(f"{str(example.label).lower()} ({_LABELS[example.label]})")
+        yield "label", Text(f"{str(example.label).lower()} ({LABELS[example.label]})")
     if example.columns:
-        yield "columns", Text(_shortened(", ".join(f"{k}: {_plain(v)}" for k, v in example.columns.items()), width))
+        yield "columns", Text(shortened(", ".join(f"{k}: {_plain(v)}" for k, v in example.columns.items()), width))
 
 
 def _turn_rows(name: str, turns: Turns, width: int, learned: bool = False) -> Iterator[tuple[str, Text]]:
@@ -180,7 +181,7 @@ def _turn_rows(name: str, turns: Turns, width: int, learned: bool = False) -> It
 
 
 def _row_text(text: str, width: int, learned: bool) -> Text:
-    shown = _shortened(text, width)
+    shown = shortened(text, width)
     return Text(f"{OPEN}{shown}{CLOSE}" if learned else shown, style="green" if learned else "")
 
 

@@ -1,0 +1,102 @@
+"""`alignzoo data lint` for people: paths or a recipe in; a table, JSON or a page out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignzoo.check import find_loss
+from alignzoo.data.dataset import make_pipeline
+from alignzoo.data.lint import LintReport, lint
+from alignzoo.data.lint_rules import Thresholds
+from alignzoo.data.watch import Watch
+from alignzoo.errors import RecipeError
+from alignzoo.plugins import discover
+from alignzoo.progress import sayer
+from alignzoo.recipe import Data, Recipe, Source
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
+_NAMED = 3  # rows of a finding that the table names
+
+
+def lint_paths(
+    paths: Sequence[str],
+    held: Sequence[str],
+    limits: Thresholds,
+    console: Console,
+    *,
+    split: str | None = None,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> LintReport:
+    """Files as they are, without tokenizer and template. held: the files that are evaluated on."""
+    train, held_out = (
+        [Source(path=path, split=split, format=format, columns=dict(columns or {})) for path in group]
+        for group in (paths, held)
+    )
+    data = Data(train=paths[0], on_bad_row="skip")
+    return lint(train, held_out, data, limits, Watch(sayer(console), console))
+
+
+def lint_recipe(recipe: Recipe, limits: Thresholds, console: Console, plugin_files: Sequence[Path] = ()) -> LintReport:
+    """The data of a recipe as a run would read and tokenise it. Loads the tokenizer, no weights."""
+    registry = discover(plugin_files)
+    _, loss = find_loss(recipe, registry)
+    from alignzoo.model import load_tokenizer, locate  # torch: a misspelt loss is told before it is imported
+
+    data = recipe.data
+    tokenizer = load_tokenizer(
+        locate(recipe.model.path, recipe.model.revision), trust_remote_code=recipe.model.trust_remote_code
+    )
+    train, held = (
+        [Source(path=named)] if isinstance(named, str) else list(named or ()) for named in (data.train, data.eval)
+    )
+    pipeline = make_pipeline(data, loss.data, tokenizer)
+    return lint(train, held, data, limits, Watch(sayer(console), console), pipeline=pipeline)
+
+
+def check_words(paths: Sequence[str], recipe: Path | None, given: Sequence[str]) -> None:
+    """Raises RecipeError unless there are paths, or a recipe and none of the options for paths."""
+    if bool(paths) == bool(recipe):
+        raise RecipeError("data lint takes PATH..., or --recipe R.toml", fix="give one of the two")
+    if recipe and given:
+        raise RecipeError(
+            f"{', '.join(given)}: for paths, and the recipe says it itself", fix="write it into [data], or use --set"
+        )
+
+
+def print_report(report: LintReport, console: Console) -> None:
+    """A table of the findings, the worst first, each with its worst rows."""
+    for source in report.sources:
+        side = ", held out" if source.held_out else ""
+        line = f"{source.path}: {source.rows} rows of format {source.format} ({source.kind}), {source.usable} usable{side}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(report.held_out, markup=False, highlight=False, soft_wrap=True)
+    table = Table(show_lines=True)
+    for name in ("severity", "finding", "rows"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("what, what it does to training, what to do", ratio=1, overflow="fold")
+    for finding in report.findings:
+        text = Text(finding.what)
+        for part in (finding.detail, finding.causes, finding.fix):
+            text.append(f"\n{part}" if part else "", style="dim" if part is not finding.detail else "")
+        for row in finding.rows[:_NAMED]:
+            text.append(f"\n{row.where}" + (f": {row.detail}" if row.detail else ""), style="italic")
+        if finding.count > _NAMED < len(finding.rows):
+            text.append(f"\n... --html FILE and --json name {len(finding.rows)}", style="italic")
+        rows = f"{finding.count} of {finding.of}\n{finding.share:.1%}"
+        table.add_row(Text(finding.severity, style=_COLOURS[finding.severity]), Text(finding.id), rows, text)
+    console.print(table)
+    if not report.tokens:
+        words = "templates, tokens and lengths were not looked at: alignzoo data lint --recipe R.toml does"
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
+    console.print(", ".join(f"{n} {severity}(s)" for severity, n in report.counts().items()), highlight=False)
+
+
+def as_json(report: LintReport) -> str:
+    return json.dumps(report.table(), indent=2, ensure_ascii=True)
