@@ -13,7 +13,7 @@ from rich.text import Text
 from alignzoo.check import find_loss
 from alignzoo.data.dataset import make_pipeline
 from alignzoo.data.lint import LintReport, lint
-from alignzoo.data.lint_rules import Thresholds
+from alignzoo.data.lint_rules import Finding, Thresholds
 from alignzoo.data.watch import Watch
 from alignzoo.errors import RecipeError
 from alignzoo.plugins import discover
@@ -77,25 +77,31 @@ def print_report(report: LintReport, console: Console) -> None:
         line = f"{source.path}: {source.rows} rows of format {source.format} ({source.kind}), {source.usable} usable{side}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(report.held_out, markup=False, highlight=False, soft_wrap=True)
-    table = Table(show_lines=True)
-    for name in ("severity", "finding", "rows"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("what, what it does to training, what to do", ratio=1, overflow="fold")
-    for finding in report.findings:
-        text = Text(finding.what)
-        for part in (finding.detail, finding.causes, finding.fix):
-            text.append(f"\n{part}" if part else "", style="dim" if part is not finding.detail else "")
-        for row in finding.rows[:_NAMED]:
-            text.append(f"\n{row.where}" + (f": {row.detail}" if row.detail else ""), style="italic")
-        if finding.count > _NAMED < len(finding.rows):
-            text.append(f"\n... --html FILE and --json name {len(finding.rows)}", style="italic")
-        rows = f"{finding.count} of {finding.of}\n{finding.share:.1%}"
-        table.add_row(Text(finding.severity, style=_COLOURS[finding.severity]), Text(finding.id), rows, text)
+    table = Table()
+    for name in ("severity", "finding", "rows", "share"):
+        table.add_column(name, no_wrap=True, justify="right" if name in ("rows", "share") else "left")
+    table.add_column("what", overflow="fold")
+    for f in report.findings:
+        rows = (f"{f.count} of {f.of}", f"{f.share:.1%}")
+        table.add_row(Text(f.severity, style=_COLOURS[f.severity]), Text(f.id), *rows, Text(f.what))
     console.print(table)
+    for finding in report.findings:
+        _print_finding(finding, console)
     if not report.tokens:
         words = "templates, tokens and lengths were not looked at: alignzoo data lint --recipe R.toml does"
         console.print(words, markup=False, highlight=False, soft_wrap=True)
     console.print(", ".join(f"{n} {severity}(s)" for severity, n in report.counts().items()), highlight=False)
+
+
+def _print_finding(finding: Finding, console: Console) -> None:
+    console.print(Text(f"{finding.severity}: {finding.id}", style=_COLOURS[finding.severity]))
+    parts = {"": finding.detail, "in training: ": finding.causes, "to do: ": finding.fix}
+    lines = [f"{name}{words}" for name, words in parts.items() if words]
+    lines += [f"{row.where}: {row.detail}" if row.detail else row.where for row in finding.rows[:_NAMED]]
+    if finding.count > _NAMED < len(finding.rows):
+        lines.append(f"... --html FILE and --json name {len(finding.rows)} rows, with their texts")
+    for line in lines:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def as_json(report: LintReport) -> str:

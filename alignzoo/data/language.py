@@ -12,8 +12,9 @@ MISSING = "scripts, not languages: `pip install 'alignzoo[lint]'` brings py3lang
 _NO_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|<[^<>\n]{1,80}>", re.DOTALL)
 _LEAST = 40  # letters; shorter texts are too often taken for another language
 _DENSE = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL"}  # scripts whose letters say more: a quarter of them is enough
-_READ = 1000  # characters that are looked at
-_SURE = 0.9  # probability
+_READ = 300  # characters that are looked at: more cost time and tell no more
+_SURE = 0.8  # probability
+_WRITTEN_AS_OTHERS = {"wuu", "yue"}  # Wu and Cantonese: taken for Chinese, as nearly all that is written in their script
 
 
 class Languages:
@@ -44,7 +45,9 @@ def _identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         return None
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_SURE)
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_SURE)
+    identifier.set_languages([label for label in identifier.labels if label not in _WRITTEN_AS_OTHERS])
+    return identifier
 
 
 @lru_cache(maxsize=65536)

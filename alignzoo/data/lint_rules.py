@@ -171,6 +171,8 @@ RULES: dict[str, Rule] = {
         "after",
         minor=False,
     ),
+    "lengths": Rule("note", "the preferred answers are about as long as the others"),
+    "labels": Rule("note", "both labels are there; counted is the rarer one"),
     "label-balance": Rule(
         "warning", "one label is rare",
         "the common label has most of the gradient",
@@ -200,7 +202,7 @@ RULES: dict[str, Rule] = {
     ),
     "answer-language": Rule("note", "answers in another language than their prompt",
                             "the model may answer in it too", "fine for translations"),
-    "languages": Rule("note", "languages of the answers"),
+    "languages": Rule("note", "answers whose language is known"),
     # --- tokens, with a recipe
     "doubled-bos": Rule(
         "error", "rows that begin with BOS twice",

@@ -22,7 +22,7 @@ from alignzoo.data.selection import short
 from alignzoo.data.sketch import MINIMA, Shingles, jaccard, normalised, shingles, sketch
 
 _NUMBER = re.compile(r"\d+$")
-_BROKEN = re.compile(r"[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|Ã[\u0080-\u00bf]|â€[\u0099\u009c\u009d\u2122\u0153]")
+_BROKEN = re.compile(r"[\ufffd\x00-\x08\x0e-\x1f\x7f]|Ã[\u0080-\u00bf]|â€[\u0099\u009c\u009d\u2122\u0153]")
 _MARKERS = re.compile(
     r"<\|(?:im_start|im_end|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|user|assistant|"
     r"system|end)\|>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>|</s>"

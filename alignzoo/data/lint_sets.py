@@ -116,9 +116,12 @@ def _length_bias(scan: Scan, train: Rows) -> None:
 
 
 def _bias(scan: Scan, share: float, n: int, off: bool, words: str, rows: Callable[[], None]) -> None:
-    if off and max(share, 1 - share) >= scan.limits.length_bias:
+    most = max(share, 1 - share)
+    if off and most >= scan.limits.length_bias:
         rows()
-        scan.hits.say("length-bias", round(max(share, 1 - share) * n), n, words)
+        scan.hits.say("length-bias", round(most * n), n, words)
+    else:
+        scan.hits.say("lengths", round(most * n), n, words)
 
 
 def _most_different(scan: Scan, pairs: Rows, longer: bool) -> None:
@@ -147,5 +150,5 @@ def _labels(scan: Scan, train: Rows) -> None:
     words = f"{good} desirable, {n - good} undesirable"
     if n and not rarer:
         scan.hits.say("single-label", n, n, words)
-    elif rarer < scan.limits.balance * n:
-        scan.hits.say("label-balance", rarer, n, words)
+    elif n:
+        scan.hits.say("label-balance" if rarer < scan.limits.balance * n else "labels", rarer, n, words)
