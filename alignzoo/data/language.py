@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 MISSING = "scripts, not languages: `pip install 'alignzoo[lint]'` brings py3langid, which tells languages"
@@ -21,7 +21,7 @@ class Languages:
     """`of` names the language of a text as ISO 639 does, or its script; "" where it is too short or not clear."""
 
     def __init__(self) -> None:
-        self._identifier = _identifier()
+        self._identifier = identifier()
 
     @property
     def known(self) -> bool:
@@ -40,14 +40,16 @@ class Languages:
         return name.lower() if count >= _SURE * len(letters) else ""
 
 
-def _identifier() -> Any:
+@cache
+def identifier() -> Any:
+    """py3langid's, with the model that comes in its wheel; None where it is not installed."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         return None
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_SURE)
-    identifier.set_languages([label for label in identifier.labels if label not in _WRITTEN_AS_OTHERS])
-    return identifier
+    made = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_SURE)
+    made.set_languages([label for label in made.labels if label not in _WRITTEN_AS_OTHERS])
+    return made
 
 
 @lru_cache(maxsize=65536)

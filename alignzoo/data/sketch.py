@@ -25,6 +25,7 @@ Numbers = npt.NDArray[np.int64]
 SHINGLE = 5  # characters
 MINIMA = 128
 _BAND = 8  # minima of a band: one 64-bit key
+_PIECE = 4096  # shingles
 _CHUNK = 65536  # rows that are compared at once, to keep memory low
 
 
@@ -58,7 +59,10 @@ def shingles(text: str) -> Shingles:
 def sketch(found: Shingles) -> Sketch:
     """The minima of a set of shingles, (MINIMA,), 8 bits of each."""
     factors, _ = _random()
-    minima = (found[None, :] * factors).min(axis=1)  # (MINIMA, shingles) -> (MINIMA,)
+    minima = np.full(MINIMA, 2**32 - 1, np.uint32)
+    for start in range(0, len(found), _PIECE):  # a long text is not multiplied 128 times at once
+        piece = found[None, start : start + _PIECE] * factors  # (MINIMA, shingles of the piece)
+        minima = np.minimum(minima, piece.min(axis=1))
     minima ^= minima >> np.uint32(16)
     minima *= np.uint32(0x45D9F3B)
     return np.asarray(minima >> np.uint32(24), np.uint8)
