@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from alignzoo import __version__
+from alignzoo.cli_data import data, suggest
+from alignzoo.cli_data import recipe_options as _recipe_options
 from alignzoo.errors import AlignzooError
 from alignzoo.launch import without_options
 from alignzoo.ranks import Rank, quiet_unless_first, tell
@@ -68,17 +69,6 @@ def _resume_apart(args: list[str]) -> list[str]:
     return ["--resume=" if word == "--resume" and after.endswith(".toml") else word for word, after in pairs]
 
 
-def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-                     help="A Python file with a plugin that is not installed. May be repeated."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-                     help="Override a key, e.g. train.learning_rate=1e-5. May be repeated."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="alignzoo")
 @click.option("--local_rank", "--local-rank", type=int, default=None, hidden=True,
@@ -106,6 +96,8 @@ def sample(recipe: Path, out: Path, make: str, overrides: tuple[str, ...], plugi
     from alignzoo.recipe import load_recipe
 
     sample_offline(load_recipe(recipe, overrides), out, make, plugins, Console())
+cli.add_command(data)
+cli.add_command(suggest)
 
 
 @cli.command(cls=_Launchable)
@@ -217,108 +209,6 @@ def export(source: Path, to: Path, merge: bool, dtype: str | None) -> None:
 
     say = sayer(Console())
     say(f"model: {write(source, to, merge=merge, dtype=dtype, say=say)}")
-
-
-@cli.group()
-def data() -> None:
-    """Look at data files."""
-
-
-def _columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """OURS=THEIRS, several times, as a dictionary."""
-    pairs = [value.partition("=") for value in values]
-    for ours, equals, theirs in pairs:
-        if not (ours and equals and theirs):
-            raise click.BadParameter(f'"{ours}{equals}{theirs}" is not OURS=THEIRS', context, parameter)
-    return {ours: theirs for ours, _, theirs in pairs}
-
-
-@data.command("show")
-@click.argument("path")
-@click.option("--rows", default=3, show_default=True, type=click.IntRange(1), help="How many rows to print.")
-@click.option("--split", default=None, help="Split of a saved or hub data set.")
-@click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
-@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=_columns,
-              help="Read THEIRS as our column OURS, e.g. prompt=question. May be repeated.")  # fmt: skip
-def data_show(path: str, rows: int, split: str | None, format: str, columns: dict[str, str]) -> None:
-    """Print what alignzoo reads from PATH: format, kind, columns, counts and the first rows.
-
-    Brackets stand around what a loss learns.
-    """
-    from rich.console import Console
-
-    from alignzoo.data.show import show_rows
-
-    Console().print(show_rows(path, rows, split=split, format=format, columns=columns))
-
-
-@data.command("lint")
-@click.argument("paths", nargs=-1, metavar="[PATH]...")
-@click.option("--recipe", type=click.Path(path_type=Path), metavar="R.toml",
-              help="Look at the data of a recipe, with its template, tokenizer and lengths.")
-@click.option("--eval", "held", multiple=True, metavar="PATH", help="What is held out. May be repeated.")
-@click.option("--split", default=None, help="Split of saved or hub data sets.")
-@click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
-@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=_columns,
-              help="Read THEIRS as our column OURS. May be repeated.")
-@_recipe_options
-@click.option("--near", default=0.8, show_default=True, type=click.FloatRange(0.5, 1),
-              help="Similarity from which texts are nearly the same.")
-@click.option("--length-bias", default=0.65, show_default=True, type=click.FloatRange(0.5, 1),
-              help="Part of the pairs whose longer (or shorter) answer is chosen, from which it is a warning.")
-@click.option("--balance", default=0.2, show_default=True, type=click.FloatRange(0, 0.5),
-              help="Part of the rows below which a label is rare.")
-@click.option("--minor", default=0.01, show_default=True, type=click.FloatRange(0, 1),
-              help="Part of the rows below which a warning is a note.")
-@click.option("--rows", default=10, show_default=True, type=click.IntRange(1), help="Worst rows of each finding.")
-@click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
-@click.option("--json", "to_json", is_flag=True, help="Print JSON.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="Write a page with the worst rows.")
-@click.pass_context
-def data_lint(
-    context: click.Context,
-    paths: tuple[str, ...],
-    recipe: Path | None,
-    held: tuple[str, ...],
-    split: str | None,
-    format: str,
-    columns: dict[str, str],
-    overrides: tuple[str, ...],
-    plugins: tuple[Path, ...],
-    near: float,
-    length_bias: float,
-    balance: float,
-    minor: float,
-    rows: int,
-    strict: bool,
-    to_json: bool,
-    html: Path | None,
-) -> None:
-    """Look for what is wrong with the data of PATHs, or of a recipe.
-
-    The exit code is 1 with an error, and with --strict also with a warning.
-    """
-    from rich.console import Console
-
-    from alignzoo.data.lint_rules import Thresholds
-    from alignzoo.lint import as_json, check_words, lint_paths, lint_recipe, print_report
-    from alignzoo.recipe import load_recipe
-
-    options = {"--eval": held, "--split": split, "--format": format != "auto", "--column": columns}
-    check_words(paths, recipe, [name for name, given in options.items() if given])
-    console, limits = Console(stderr=to_json), Thresholds(near, length_bias, balance, minor, rows)
-    if recipe:
-        report = lint_recipe(load_recipe(recipe, overrides), limits, console, plugins)
-    else:
-        report = lint_paths(paths, held, limits, console, split=split, format=format, columns=columns)
-    if html:
-        from alignzoo.lint_page import write_page
-
-        write_page(report, html)
-        click.echo(f"page: {html}", err=to_json)
-    click.echo(as_json(report)) if to_json else print_report(report, console)
-    context.exit(report.exit_code(strict))
 
 
 @cli.group()

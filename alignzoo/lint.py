@@ -74,7 +74,8 @@ def print_report(report: LintReport, console: Console) -> None:
     """A table of the findings, the worst first, each with its worst rows."""
     for source in report.sources:
         side = ", held out" if source.held_out else ""
-        line = f"{source.path}: {source.rows} rows of format {source.format} ({source.kind}), {source.usable} usable{side}"
+        counts = f"{source.rows} rows, {source.usable} usable"
+        line = f"{source.path}: {counts}, of format {source.format} ({source.kind}){side}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(report.held_out, markup=False, highlight=False, soft_wrap=True)
     table = Table()

@@ -32,8 +32,9 @@ summary { cursor: pointer; }
 <h1>alignzoo data lint</h1>
 <ul>
 {% for s in report.sources %}
-<li>{{ s.path }}: {{ s.rows }} rows of format {{ s.format }} ({{ s.kind }}), {{ s.usable }} usable
-{%- if s.held_out %}, held out{% endif %}{% if s.unused %}; columns not used: {{ s.unused | join(", ") }}{% endif %}</li>
+<li>{{ s.path }}: {{ s.rows }} rows, {{ s.usable }} usable, of format {{ s.format }} ({{ s.kind }})
+{%- if s.held_out %}, held out{% endif %}
+{%- if s.unused %}; columns not used: {{ s.unused | join(", ") }}{% endif %}</li>
 {% endfor %}
 <li>{{ report.held_out }}</li>
 {% if not report.tokens %}<li>templates, tokens and lengths were not looked at</li>{% endif %}

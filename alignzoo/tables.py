@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignzoo.data.agreement import AgreementReport
 from alignzoo.plugins import Registry
 
 Rows = Sequence[Mapping[str, Any]]
@@ -84,3 +85,25 @@ def print_plugins(rows: Rows, registry: Registry) -> None:
         table.add_row(*map(Text, cells))  # [x] in an error would be markup
     console.print(table)
     _warn(console, registry)
+
+
+def print_agreement(report: AgreementReport, console: Console) -> None:
+    """The pairs of annotators, then each of them, then what somebody should look at."""
+    pairs = Table(title="agreement", title_justify="left")
+    for column in ("annotators", "items of both", "equal", "Cohen's kappa", "first disagreements"):
+        pairs.add_column(column, overflow="fold")
+    for pair in report.pairs:
+        kappa = "not defined" if pair.kappa is None else f"{pair.kappa:.3f}"
+        cells = (f"{pair.a}, {pair.b}", str(pair.items), f"{pair.agreement:.1%}", kappa)
+        pairs.add_row(*map(Text, (*cells, "\n".join(pair.disagreements[:3]))))
+    people = Table(title="annotators", title_justify="left")
+    for column in ("annotator", "answers", "labels", "right on gold rows", "too fast", "fastest"):
+        people.add_column(column, overflow="fold")
+    for one in report.annotators:
+        gold = f"{one.right} of {one.gold} ({one.right / one.gold:.1%})" if one.gold else "no gold rows"
+        fast = f"{one.fast} of {one.timed}" if one.timed else "no times"
+        labels = ", ".join(f"{label} {count}" for label, count in one.labels.items())
+        people.add_row(*map(Text, (one.name, str(one.answers), labels, gold, fast, "\n".join(one.fastest[:3]))))
+    console.print(pairs, people)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)

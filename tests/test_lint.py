@@ -19,7 +19,7 @@ from alignzoo.cli import cli
 from alignzoo.data import language
 
 DEMO = REPO.parent / "shared/data/llamafactory"
-WORDS = "river stone window market garden letter evening travel music winter bridge copper lantern silver meadow harbour"
+WORDS = "river stone window market garden letter evening travel music winter bridge copper lantern silver meadow port"
 
 
 def sentence(rng: np.random.Generator, words: int) -> str:
@@ -76,7 +76,9 @@ def test_twenty_rows_leaked_into_training(tmp_path: Path) -> None:
         other = clean(1, seed=100 + i)[0]
         train[i * 7] = {**other, "prompt": "  " + held[i]["prompt"].upper()}  # the prompt alone is enough
     train[150]["prompt"] = held[40]["prompt"][:-1] + " !"
-    found = lint(write(tmp_path / "a.jsonl", train), "--eval", write(tmp_path / "b.jsonl", held), "--rows", "30", code=1)
+    found = lint(
+        write(tmp_path / "a.jsonl", train), "--eval", write(tmp_path / "b.jsonl", held), "--rows", "30", code=1
+    )
     leaked, near = found["leaked-prompt"], found["leaked-near"]
     assert (leaked["severity"], leaked["count"], leaked["of"]) == ("error", 20, 60)
     assert lines(leaked) == list(range(1, 21)) and lines(near) == [41]
@@ -103,7 +105,8 @@ def test_empty_broken_and_wordless_texts(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{broken\n")
     found = lint(path, code=1)
     where = {
-        "empty-completion": 1, "not-text": 2, "no-words": 3, "broken-text": 4, "template-in-text": 5, "invalid-json": 61,
+        "empty-completion": 1, "not-text": 2, "no-words": 3, "broken-text": 4, "template-in-text": 5,
+        "invalid-json": 61,
     }  # fmt: skip
     assert {rule: lines(found[rule]) for rule in where} == {rule: [line] for rule, line in where.items()}
     assert [found[rule]["severity"] for rule in ("empty-completion", "not-text", "invalid-json")] == ["error"] * 3
@@ -163,7 +166,7 @@ def test_contradictions(tmp_path: Path) -> None:
 def test_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     english = "The shop is open until nine in the evening, and on Sundays it stays closed all day."
     german = "Das Geschäft hat bis neun Uhr abends geöffnet, und am Sonntag bleibt es den ganzen Tag geschlossen."
-    russian = "Магазин открыт до девяти вечера, а по воскресеньям он весь день закрыт для посетителей."
+    russian = "Магазин открыт до девяти вечера, по воскресеньям он весь день закрыт для посетителей."
     rows = [{"prompt": english, "chosen": english + f" {i}", "rejected": text} for i, text in enumerate(
         [english + " Yes.", german, russian])]  # fmt: skip
     path = write(tmp_path / "a.jsonl", rows)
@@ -223,8 +226,9 @@ def test_what_the_terminal_shows(tmp_path: Path) -> None:
         rows[i]["rejected"] = rows[i]["chosen"] + " [red]"
     result = CliRunner().invoke(cli, ["data", "lint", write(tmp_path / "a.jsonl", rows)])
     assert result.exit_code == 0
-    for words in ("30 rows of format pairs", "near-identical-pair", "5 of 30", "16.7%", "a.jsonl:1: similarity 0.9",
-                  "in training: ", "to do: ", "... --html FILE and --json name 5 rows", "1 warning(s)",
+    for words in ("30 rows, 30 usable, of format pairs", "near-identical-pair", "5 of 30", "16.7%",
+                  "a.jsonl:1: similarity 0.9", "in training: ", "to do: ",
+                  "... --html FILE and --json name 5 rows", "1 warning(s)",
                   "cannot be looked for", "alignzoo data lint --recipe R.toml"):  # fmt: skip
         assert words in result.output, words
 

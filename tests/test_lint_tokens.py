@@ -13,7 +13,7 @@ from test_data_tokenizers import chat_tokenizer, make_tokenizer
 from test_lint import clean, labelled, lines, lint, write
 
 from alignzoo.cli import cli
-from alignzoo.data.dataset import make_pipeline, prepare
+from alignzoo.data.dataset import Prepared, make_pipeline, prepare
 from alignzoo.data.lint import LintReport
 from alignzoo.data.lint import lint as look
 from alignzoo.data.lint_rules import Finding, Thresholds
@@ -27,6 +27,11 @@ def looked(path: str, tokenizer: Any, kind: str = "pairs", **keys: Any) -> LintR
     pipeline = make_pipeline(data, kind, tokenizer)
     watch = Watch(lambda _: None, Console())
     return look([Source(path=path)], [], data, Thresholds(rows=50), watch, pipeline=pipeline)
+
+
+def prepared(data: Data) -> Prepared:
+    """What a run would train on."""
+    return prepare(data, "pairs", chat_tokenizer(), needs_mismatched=False, seed=0, say=lambda _: None)
 
 
 def tokens(rows: list[dict[str, Any]], tmp_path: Path, tokenizer: Any, **keys: Any) -> dict[str, Finding]:
@@ -76,16 +81,17 @@ def test_missing_end_of_turn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("truncation", "finding"), [("drop", "too-long"), ("prompt_left", "prompt-left"), ("completion_right", "completion-right")]
-)  # fmt: skip
+    ("truncation", "finding"),
+    [("drop", "too-long"), ("prompt_left", "prompt-left"), ("completion_right", "completion-right")],
+)
 def test_truncation_is_that_of_a_run(truncation: str, finding: str, tmp_path: Path) -> None:
     rows = clean(40)
-    for i in range(0, 10):
+    for i in range(10):
         rows[i]["prompt" if truncation == "prompt_left" else "chosen"] += " river" * (100 + i)
     keys: dict[str, Any] = {"truncation": truncation, "max_length": 400}
     found = tokens(rows, tmp_path, chat_tokenizer(), **keys)[finding]
     data = Data(train=str(tmp_path / "a.jsonl"), **keys)
-    run = prepare(data, "pairs", chat_tokenizer(), needs_mismatched=False, seed=0, say=lambda _: None).report.sources[0]
+    run = prepared(data).report.sources[0]
     assert found.count == {**run.dropped, **run.cut}[finding] == 10 and found.severity == "warning"
     assert found.rows[0].where.endswith(":10") and "data.max_length is 400" in found.rows[0].detail
 
@@ -104,14 +110,14 @@ def test_rows_are_held_out_as_a_run_does_it(tmp_path: Path) -> None:
     rows = clean(100)
     path = write(tmp_path / "a.jsonl", rows)
     keys: dict[str, Any] = {"eval_fraction": 0.2}
-    run = prepare(Data(train=path, **keys), "pairs", chat_tokenizer(), needs_mismatched=False, seed=0, say=lambda _: None)
+    run = prepared(Data(train=path, **keys))
     held = sorted(int(tree.where.rpartition(":")[2]) for tree in run.eval)
     report = looked(path, chat_tokenizer(), **keys)
     assert f"{len(held)} rows held out by prompt" in report.held_out
     near = [{**row, "prompt": row["prompt"] + " Why?"} for row in rows]
     both = tokens([*rows, *near], tmp_path, chat_tokenizer(), **keys)
     path = str(tmp_path / "a.jsonl")
-    run = prepare(Data(train=path, **keys), "pairs", chat_tokenizer(), needs_mismatched=False, seed=0, say=lambda _: None)
+    run = prepared(Data(train=path, **keys))
     held = {int(tree.where.rpartition(":")[2]) for tree in run.eval}
     alone = {row for row in held if (row + 100 if row <= 100 else row - 100) not in held}
     assert len(alone) > 10 and set(places(both["leaked-near"])) == alone

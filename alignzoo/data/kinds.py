@@ -49,7 +49,7 @@ CONVERSIONS: dict[tuple[str, str], tuple[Callable[[Example], tuple[Example, ...]
         for kind in ("demonstrations", "pairs", "labelled")
     },
 }
-_SHAPES = {
+SHAPES = {
     "demonstrations": "prompt and completion, or messages",
     "pairs": "prompt, chosen and rejected",
     "labelled": "prompt, completion and a label",
@@ -74,8 +74,8 @@ def converter(
     other = f", or take a loss for {' or '.join(possible)}: `alignzoo losses` lists the kind of each"
     raise DataError(
         f"{source}: holds {held}, and the loss wants {wanted}",
-        why=f"{held} ({_SHAPES[held]}) do not tell {wanted} ({_SHAPES.get(wanted, 'another kind of data')}){found}",
-        fix=f"give data with {_SHAPES.get(wanted, wanted)}"
+        why=f"{held} ({SHAPES[held]}) do not tell {wanted} ({SHAPES.get(wanted, 'another kind of data')}){found}",
+        fix=f"give data with {SHAPES.get(wanted, wanted)}"
         + (", and name its columns in data.columns where they are called otherwise" if held == "prompts" else other),
     )
 

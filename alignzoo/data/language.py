@@ -14,7 +14,7 @@ _LEAST = 40  # letters; shorter texts are too often taken for another language
 _DENSE = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL"}  # scripts whose letters say more: a quarter of them is enough
 _READ = 300  # characters that are looked at: more cost time and tell no more
 _SURE = 0.8  # probability
-_WRITTEN_AS_OTHERS = {"wuu", "yue"}  # Wu and Cantonese: taken for Chinese, as nearly all that is written in their script
+_LEFT_OUT = {"wuu", "yue"}  # Wu and Cantonese: what is written in Han is nearly always Chinese
 
 
 class Languages:
@@ -48,7 +48,7 @@ def identifier() -> Any:
     except ImportError:
         return None
     made = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_SURE)
-    made.set_languages([label for label in made.labels if label not in _WRITTEN_AS_OTHERS])
+    made.set_languages([label for label in made.labels if label not in _LEFT_OUT])
     return made
 
 

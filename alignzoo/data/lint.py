@@ -100,9 +100,7 @@ def lint(
     return LintReport(tuple(looked), words, pipeline is not None, tuple(found))
 
 
-def _look_at(
-    scan: Scan, tokens: TokenScan | None, source: Source, held_out: bool, data: Data, watch: Watch
-) -> Looked:
+def _look_at(scan: Scan, tokens: TokenScan | None, source: Source, held_out: bool, data: Data, watch: Watch) -> Looked:
     opened, tally = open_source(source), CountedBadRows(hits=scan.hits)
     reading = read(opened, source, data, None, tally)
     scan.sources.append(Scanned(opened.name, held_out))

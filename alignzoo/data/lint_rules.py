@@ -188,7 +188,7 @@ RULES: dict[str, Rule] = {
         "warning", "answers without a letter or a digit", "the model learns to say nothing", "remove or mend them",
     ),
     "broken-text": Rule(
-        "warning", "text that was decoded wrongly: replacement characters, control characters, or UTF-8 read as Latin-1",
+        "warning", "text that was decoded wrongly: replacement or control characters, or UTF-8 read as Latin-1",
         "the model learns to write it", "read the source again with its own encoding",
     ),
     "template-in-text": Rule(

@@ -98,8 +98,8 @@ def _length_bias(scan: Scan, train: Rows) -> None:
     if n:
         off = abs(longer / n - 0.5) > _SURE * math.sqrt(0.25 / n)
         words = (
-            f"the longer answer is chosen in {longer} of {n} pairs ({longer / n:.0%}); median length {np.median(first):.0f}"
-            f" characters chosen, {np.median(second):.0f} rejected"
+            f"the longer answer is chosen in {longer} of {n} pairs ({longer / n:.0%}); median length "
+            f"{np.median(first):.0f} characters chosen, {np.median(second):.0f} rejected"
         )
         _bias(scan, longer / n, n, off, words, lambda: _most_different(scan, pairs, longer / n > 0.5))
     rows = _kind(scan, train, "labelled")

@@ -1,4 +1,4 @@
-"""`alignzoo data lint` with a recipe: what the chat template, the tokenizer and the recipe's lengths make of each row."""
+"""`alignzoo data lint` with a recipe: what its chat template, tokenizer and lengths make of each row."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class TokenScan:
         ready: list[tuple[int, Example, Texts]] = []
         for number, example in rows:
             try:
-                changed = change(example)
-                ready += [(number, one, render(one, self.pipeline.template, self.pipeline.tokenizer)) for one in changed]
+                for one in change(example):
+                    ready.append((number, one, render(one, self.pipeline.template, self.pipeline.tokenizer)))
             except BadRow as problem:
                 self._hit(problem.reason, number, example.where, problem.text)
             except Dropped as dropped:

@@ -77,9 +77,7 @@ class _Reader:
         return self.change(replace(example, extra=extra, where=row.where, notes=notes, weight_key=drawn))
 
 
-def read(
-    opened: Opened, source: Source, data: Data, kind: str | None = None, tally: Tally | None = None
-) -> Reading:
+def read(opened: Opened, source: Source, data: Data, kind: str | None = None, tally: Tally | None = None) -> Reading:
     """Opens the pipeline of a source.
 
     kind: what the loss wants, and every example is converted to it; None: as the source holds them. Rows that cannot be

@@ -77,7 +77,7 @@ def jaccard(a: Shingles, b: Shingles) -> float:
 def similarity(a: Any, b: Any) -> npt.NDArray[np.float64]:
     """The estimated Jaccard index of sketches, (..., MINIMA) each; one in 256 minima agrees by chance."""
     agree = (a == b).mean(axis=-1)
-    return np.clip((agree - 1 / 256) / (1 - 1 / 256), 0.0, 1.0)
+    return np.asarray(np.clip((agree - 1 / 256) / (1 - 1 / 256), 0.0, 1.0))
 
 
 def near(columns: Sequence[npt.NDArray[np.uint8]], least: float, before: int | None = None) -> Numbers:
