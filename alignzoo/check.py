@@ -101,7 +101,7 @@ def make_job(
         tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
     say(ensure_pad_token(tokenizer))
     data = prepare(
-        _room_for_completions(recipe),
+        room_for_completions(recipe),
         kind,
         tokenizer,
         needs_mismatched=loss.needs_mismatched and kind != "prompts",
@@ -153,7 +153,7 @@ def _kind_of_rows(recipe: Recipe, loss: Loss, rewards: Rewards) -> str:
     return loss.data
 
 
-def _room_for_completions(recipe: Recipe) -> Data:
+def room_for_completions(recipe: Recipe) -> Data:
     """The data settings, with a limit for prompts that leaves room for what is sampled."""
     data, rollout = recipe.data, recipe.rollout
     if rollout is None:

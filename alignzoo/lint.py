@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alignzoo.check import find_loss
+from alignzoo.check import find_loss, room_for_completions
 from alignzoo.data.dataset import make_pipeline
 from alignzoo.data.lint import LintReport, lint
 from alignzoo.data.lint_rules import Finding, Thresholds
@@ -49,14 +49,14 @@ def lint_recipe(recipe: Recipe, limits: Thresholds, console: Console, plugin_fil
     _, loss = find_loss(recipe, registry)
     from alignzoo.model import load_tokenizer, locate  # torch: a misspelt loss is told before it is imported
 
-    data = recipe.data
+    data = room_for_completions(recipe)
     tokenizer = load_tokenizer(
         locate(recipe.model.path, recipe.model.revision), trust_remote_code=recipe.model.trust_remote_code
     )
     train, held = (
         [Source(path=named)] if isinstance(named, str) else list(named or ()) for named in (data.train, data.eval)
     )
-    pipeline = make_pipeline(data, loss.data, tokenizer)
+    pipeline = make_pipeline(data, "prompts" if recipe.rollout is not None else loss.data, tokenizer)
     return lint(train, held, data, limits, Watch(sayer(console), console), pipeline=pipeline)
 
 

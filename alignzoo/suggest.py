@@ -26,7 +26,7 @@ from alignzoo.schema import rows_of
 
 FEW = 200  # usable rows, below which a held-out part says little
 RATIO = (1.0, 1.5)  # desirable times its weight by undesirable times its weight, as Ethayarajh et al. 2024 advise
-_FITS = ("yes", "converted", "no")
+_FITS = ("yes", "converted", "online", "no")
 _JUDGING = ("score", "rating", "reward", "label", "preference", "rejected", "vote", "feedback", "thumb", "quality")
 
 
@@ -40,6 +40,7 @@ class Facts:
     read: int
     usable: int
     prompts: int  # different ones
+    asked: int  # rows with a prompt
     longer_chosen: float | None  # part of the pairs whose chosen answer is the longer one
     labels: Mapping[str, int]  # "true" and "false"
     judged_both_ways: int  # prompts with an answer labelled true and one labelled false
@@ -52,7 +53,7 @@ class Fit:
     """How a loss fits."""
 
     loss: str
-    fits: str  # yes, converted or no
+    fits: str  # yes, converted, online (the prompts answered anew and rewarded) or no
     family: str
     examples: int  # that the loss would see
     why: tuple[str, ...]
@@ -85,9 +86,11 @@ def _facts(source: Source) -> Facts:
     labels: Counter[str] = Counter()
     longer: Counter[int] = Counter()
     lengths: list[int] = []
+    asked = 0
     for example in reading.examples:
         key = short(content_hash(example.prompt or example.completions))
         prompts.add(key)
+        asked += bool(example.prompt)
         if example.label is not None:
             labels[str(example.label).lower()] += 1
             judged[example.label].add(key)
@@ -100,7 +103,7 @@ def _facts(source: Source) -> Facts:
     differ = longer[1] + longer[-1]
     return Facts(
         reading.name, reading.format.name, reading.format.kind, reading.tally.read, reading.tally.examples,
-        len(prompts), longer[1] / differ if differ else None, dict(labels), len(judged[True] & judged[False]),
+        len(prompts), asked, longer[1] / differ if differ else None, dict(labels), len(judged[True] & judged[False]),
         int(np.median(lengths)) if lengths else 0, reading.unused,
     )  # fmt: skip
 
@@ -135,7 +138,7 @@ def _remarks(facts: Facts) -> Iterator[str]:
 
 def _fit(info: LossInfo, facts: Facts) -> Fit:
     fits, examples, why = _match(info.cls.data, facts)
-    if fits != "no":
+    if fits in ("yes", "converted"):
         why += _costs(info, facts)
     return Fit(info.name, fits, info.cls.family, examples, tuple(why), info.cls.paper)
 
@@ -144,15 +147,15 @@ def _match(wanted: str, facts: Facts) -> tuple[str, int, list[str]]:
     """Whether a kind of data can be had of what there is, of how many examples, and in words."""
     if facts.kind == wanted:
         return "yes", facts.usable, [f"it eats {wanted}, and that is what the data holds"]
-    if facts.kind == "prompts" and wanted == "groups":
-        return "yes", facts.usable, ["it samples answers to prompts, and needs something that rewards them"]
-    if (facts.kind, wanted) not in CONVERSIONS:
-        return "no", 0, [f"it wants {wanted} ({SHAPES.get(wanted, wanted)}), and the data holds {facts.kind}"]
-    good = facts.labels.get("true", 0)
-    examples = {"labelled": 2 * facts.usable}.get(wanted, good if facts.kind == "labelled" else facts.usable)
-    if not examples:
-        return "no", 0, [f"it wants {wanted}, and no row is labelled true"]
-    return "converted", examples, [f"{facts.kind} are made into {wanted}: {CONVERSIONS[facts.kind, wanted][1]}"]
+    if (facts.kind, wanted) in CONVERSIONS:
+        good = facts.labels.get("true", 0)
+        examples = {"labelled": 2 * facts.usable}.get(wanted, good if facts.kind == "labelled" else facts.usable)
+        if examples:
+            return "converted", examples, [f"{facts.kind} are made into {wanted}: {CONVERSIONS[facts.kind, wanted][1]}"]
+    if facts.asked:
+        made = f"with [rollout] and [[rewards]]: the model answers the prompts, and {wanted} are made of its answers"
+        return "online", facts.asked, [made]
+    return "no", 0, [f"it wants {wanted} ({SHAPES.get(wanted, wanted)}), and the data holds {facts.kind}"]
 
 
 def _costs(info: LossInfo, facts: Facts) -> list[str]:
@@ -215,8 +218,15 @@ def print_suggestion(found: Suggestion, console: Console) -> None:
     for name in ("loss", "fits", "examples"):
         table.add_column(name, no_wrap=True)
     table.add_column("why", overflow="fold")
+    others: dict[str, list[str]] = {}
     for fit in found.losses:
-        table.add_row(*map(Text, (fit.loss, fit.fits, str(fit.examples), "\n".join([*fit.why, fit.paper]).strip())))
-    console.print(table)
+        if fit.fits in ("yes", "converted"):
+            table.add_row(*map(Text, (fit.loss, fit.fits, str(fit.examples), "\n".join([*fit.why, fit.paper]).strip())))
+        else:
+            others.setdefault(f"{fit.fits}, {'; '.join(fit.why)}", []).append(fit.loss)
+    if table.rows:
+        console.print(table)
+    for why, names in others.items():
+        console.print(f"{', '.join(names)}: {why}", markup=False, highlight=False, soft_wrap=True)
     words = "what the losses differ in, with sources: docs/choosing.md; faults of the data: alignzoo data lint"
     console.print(words, markup=False, highlight=False, soft_wrap=True)

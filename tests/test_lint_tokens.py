@@ -151,6 +151,19 @@ def test_bad_rows_are_warnings_where_the_recipe_skips_them(tmp_path: Path) -> No
     assert places(found["no-prompt"]) == [1]  # only the template finds it
 
 
+def test_prompts_that_are_answered_during_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "truth": 1} for row in clean(30)]
+    rows[2]["prompt"] += " river" * 60
+    write(tmp_path / "train.jsonl", rows)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'[loss]\nname = "grpo"\n[model]\npath = "{tiny_folder}"\n[data]\ntrain = "train.jsonl"\nmax_length = 300\n'
+        '[train]\nlearning_rate = 0.1\n[rollout]\nmax_new_tokens = 100\n[[rewards]]\nname = "length"\n'
+    )
+    assert lines(lint("--recipe", recipe)["prompt-too-long"]) == [3]
+    assert "prompt-too-long" not in lint("--recipe", recipe, "--set", "rollout.max_new_tokens=2")
+
+
 def test_what_the_loss_cannot_eat_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(DataError, match="holds demonstrations, and the loss wants pairs"):

@@ -52,8 +52,8 @@ def wanted(kind: str, examples: dict[str, int]) -> dict[str, tuple[str, int]]:
     says: dict[str, tuple[str, int]] = {}
     for row in loss_table(discover()):
         to = row["data"]
-        word = "yes" if to == kind else "converted" if (kind, to) in CONVERSIONS else "no"
-        says[row["name"]] = (word, examples.get(to, 0))
+        word = "yes" if to == kind else "converted" if (kind, to) in CONVERSIONS else "online"
+        says[row["name"]] = (word, examples.get(to, 300))
     return says
 
 
@@ -65,7 +65,7 @@ def test_pairs(tmp_path: Path) -> None:
     found = suggest(clean(300), tmp_path)
     assert fits(found) == wanted("pairs", {"pairs": 300, "labelled": 600, "demonstrations": 300})
     order = [fit["fits"] for fit in found["losses"]]
-    assert order == sorted(order, key=["yes", "converted", "no"].index)
+    assert order == sorted(order, key=["yes", "converted", "online", "no"].index)
     assert found["facts"]["prompts"] == 300 and found["remarks"] == []
     assert "log-probs of a reference" in why(found, "dpo") and "label_smoothing" in why(found, "dpo")
     assert "no reference" in why(found, "orpo") and "both labels have as many rows" in why(found, "kto")
@@ -80,7 +80,7 @@ def test_labels_and_their_balance(tmp_path: Path) -> None:
     only = suggest(labelled(250, 250), tmp_path)
     assert "all rows have the same label" in only["remarks"][0]
     none = suggest(labelled(250, 0), tmp_path)
-    assert fits(none)["sft"] == ("no", 0) and "no row is labelled true" in why(none, "sft")
+    assert fits(none)["sft"][0] == "online"  # nothing is labelled true
 
 
 def test_what_stands_out(tmp_path: Path) -> None:
@@ -103,21 +103,22 @@ def test_one_prompt_is_too_few_where_answers_to_others_are_needed(tmp_path: Path
     assert "but one prompt: a run refuses that" in why(suggest(rows, tmp_path), "kto")
 
 
-def test_prompts_alone_are_for_losses_that_sample_and_plugins_are_asked_too(tmp_path: Path) -> None:
+def test_prompts_alone_can_be_answered_and_plugins_are_asked_too(tmp_path: Path) -> None:
     plugin = tmp_path / "sampler.py"
     plugin.write_text(PLUGIN)
     found = suggest([{"prompt": row["prompt"], "truth": 1} for row in clean(300)], tmp_path, "--plugin", str(plugin))
-    assert fits(found).pop("sampler") == ("yes", 300)
-    assert {fit for name, (fit, _) in fits(found).items() if name != "sampler"} <= {"no", "yes"}
-    assert "samples answers" in why(found, "sampler") and "no reference" in why(found, "sampler")
-    pairs = suggest(clean(10), tmp_path, "--plugin", str(plugin))
-    assert "prompts whose completions are sampled" in why(pairs, "sampler")
+    assert set(fits(found).values()) == {("online", 300)} and "sampler" in fits(found)
+    assert "groups are made of its answers" in why(found, "sampler")
+    text = suggest([{"text": row["chosen"]} for row in clean(10)], tmp_path, "--plugin", str(plugin))
+    assert fits(text)["sft"] == ("yes", 10)
+    assert fits(text)["sampler"] == ("no", 0) and "the data holds demonstrations" in why(text, "sampler")
 
 
 def test_what_the_terminal_shows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", clean(300))
     result = CliRunner().invoke(cli, ["suggest", path], env={"COLUMNS": "160"})
-    for words in ("300 of 300 rows usable, format pairs", "arXiv:2305.18290", "converted", "docs/choosing.md"):
+    for words in ("300 of 300 rows usable, format pairs", "arXiv:2305.18290", "converted", "docs/choosing.md",
+                  "grpo: online, with [rollout]"):  # fmt: skip
         assert words in result.output
 
 

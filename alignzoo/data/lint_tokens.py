@@ -57,15 +57,15 @@ class TokenScan:
                 self._look_at(number, example, texts, pieces)
 
     def _look_at(self, number: int, example: Example, texts: Texts, pieces: Pieces) -> None:
-        where, whole = example.where, texts.wholes[0]
+        where, whole = example.where, (*texts.wholes, texts.prompt)[0]
         for note in texts.notes:
             self._hit(note, number, where)
-        beginning = np.concatenate([pieces.prompt[:2], pieces.completions[0].ids[:2]])[:2].tolist()
+        beginning = np.concatenate([pieces.prompt[:2], *(one.ids[:2] for one in pieces.completions[:1])])[:2].tolist()
         if self.bos is not None and beginning == [self.bos, self.bos]:
             self._hit("doubled-bos", number, where, repr(whole[:60]))
-        if not texts.closed or (texts.raw and self.pipeline.encoder.eos is None):
+        if not texts.closed or (texts.raw and pieces.completions and self.pipeline.encoder.eos is None):
             self._hit("open-end", number, where, repr(whole[-60:]))
-        self._try_elsewhere(where, texts)
+        self._try_elsewhere(where, texts, whole)
         try:
             _, cuts = fit(pieces, self.pipeline.limits)
         except Dropped as dropped:
@@ -77,12 +77,12 @@ class TokenScan:
         self._kept["prompt_key"].append(short(prompt_key(texts.key)))
         self._kept["held_key"].append(held_key(example))
 
-    def _try_elsewhere(self, where: str, texts: Texts) -> None:
+    def _try_elsewhere(self, where: str, texts: Texts, whole: str) -> None:
         """Whether a tokenizer that adds its special tokens to rendered text doubles BOS; tried on one row."""
         if self._tried or texts.raw or self.bos is None:
             return
         self._tried = True
-        doubled = self.pipeline.tokenizer(texts.wholes[0][:200])["input_ids"][:2] == [self.bos, self.bos]
+        doubled = self.pipeline.tokenizer(whole[:200])["input_ids"][:2] == [self.bos, self.bos]
         if doubled and "doubled-bos" not in self.hits.counts:
             self.hits.add("bos-elsewhere", where)
             self.hits.of["bos-elsewhere"] = 1
