@@ -96,6 +96,8 @@ def sample(recipe: Path, out: Path, make: str, overrides: tuple[str, ...], plugi
     from alignzoo.recipe import load_recipe
 
     sample_offline(load_recipe(recipe, overrides), out, make, plugins, Console())
+
+
 cli.add_command(data)
 cli.add_command(suggest)
 
