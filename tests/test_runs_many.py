@@ -45,7 +45,7 @@ CHAIN: dict[str, dict[str, Any]] = {
     "z0": {},
     "z2": {"engine__zero": 2},
     "z3": {"engine__zero": 3, "reference__sync_every_steps": 5},
-    "lora": {"engine__zero": 3, "model__lora": {"rank": 4}, "train__max_steps": 3},
+    "lora": {"engine__zero": 3, "model__lora": {"rank": 4}, "train__max_steps": 3, "samples__gather": False},
     "merged": {"engine__zero": 3, "model__lora": {"rank": 4}, "output__merge": True, "train__max_steps": 2},
 }
 BEFORE = dict(zip(list(CHAIN)[1:], CHAIN, strict=False))  # of each recipe, the one whose model it starts from
