@@ -7,7 +7,8 @@ Run it by hand. The ways take turns in one process; the table has the medians, a
     repeated  our loop, which computes the prompt once for each completion, as generate() does
     kept      the prompt computed once, finished rows computed on
     shared    the prompt computed once, finished rows dropped: what `draw` does
-"No end": every completion has all tokens. "Ends": about one token in --new / 4 ends its completion.
+Processor seconds count where other programs run beside it. "No end": every completion has all tokens. "Ends": about
+one token in --new / 4 ends its completion; compare `kept` and `shared`, the others draw other tokens.
 """
 
 from __future__ import annotations
@@ -71,22 +72,24 @@ def ways(model: Any, chosen: argparse.Namespace, stops: list[int]) -> dict[str, 
 
 
 def measured(table: dict[str, Callable[[], int]], rounds: int) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in table}
+    wall: dict[str, list[float]] = {name: [] for name in table}
+    processor: dict[str, list[float]] = {name: [] for name in table}
     tokens: dict[str, int] = {}
     for number in range(rounds + 1):  # the first one warms up
         for name, run in table.items():
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             tokens[name] = run()  # on the host when it returns
             if number:
-                seconds[name].append(time.perf_counter() - begin)
-    base = statistics.median(seconds["generate()"])
-    print(f"{'':12} {'seconds':>8} {'times':>6} {'tokens':>7}   all rounds")
-    for name, found in seconds.items():
-        middle = statistics.median(found)
-        print(
-            f"{name:12} {middle:8.2f} {base / middle:6.2f} {tokens[name]:7}   {' '.join(f'{x:.2f}' for x in found)}",
-            flush=True,
-        )
+                wall[name].append(time.perf_counter() - begin)
+                processor[name].append(time.process_time() - used)
+    print(f"{'':12} {'seconds':>8} {'times':>6} {'processor':>10} {'times':>6} {'tokens':>7}")
+    for name in table:
+        columns = []
+        for found in (wall, processor):
+            middle = statistics.median(found[name])
+            columns.append((middle, statistics.median(found["generate()"]) / middle))
+        (s, times), (used, less) = columns
+        print(f"{name:12} {s:8.2f} {times:6.2f} {used:10.2f} {less:6.2f} {tokens[name]:7}", flush=True)
 
 
 def main() -> None:
