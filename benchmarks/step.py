@@ -4,8 +4,8 @@ python benchmarks/step.py                          everything, one process at a 
 python benchmarks/step.py --only dpo --data std    some of it; --list: what there is, and how long it will take
 python benchmarks/step.py --report                 docs/performance.md and its plots anew, from docs/performance.json
 
-Ours and TRL's get the same model, token ids, order, precision and optimizer, and are measured in turn, each in a process
-of its own. A case whose losses are not equal is void: it is said, and no figure of it is shown.
+Both sides get the same model, token ids, order, precision and optimizer, and are measured in turn, each time in a
+process of its own. A case whose losses are not equal is void: it is said, and no figure of it is shown.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def run_case(case: Case, machine: Record, results: Results, options: argparse.Na
 
 
 def wanted(options: argparse.Namespace, device: str) -> list[Case]:
-    wish = Wish(device, options.warmup, options.steps, options.batch_factor, options.rounds, options.model == "random:tiny")
+    small = options.model == "random:tiny"
+    wish = Wish(device, options.warmup, options.steps, options.batch_factor, options.rounds, small)
     found = []
     for case in cases(wish):
         picked = (options.only, case.loss), (options.part, case.part), (options.precision, case.precision)

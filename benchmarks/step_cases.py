@@ -12,6 +12,7 @@ from typing import Any
 from step_data import DEMO
 
 Spec = dict[str, Any]
+Lines = list[dict[str, float]]
 COMPARED, GROWTH, OPTIONS = "compared", "growth", "options"
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss, between sides and between layouts
 NO_REFERENCE = ("sft", "orpo", "grpo")
@@ -71,7 +72,7 @@ def _tiny(wish: Wish) -> Iterator[Case]:
         yield _compared(wish, loss, data, "fp32", parts=True, defaults=True)
     yield _growth(wish, "dpo", "tokens", (1, 2), "fp32")
     yield _growth(wish, "grpo", "completions", (1, 2), "fp32")
-    yield _options(wish, "tiny", "fp32")
+    yield _options(wish, "tokens-2", "fp32")
 
 
 def spec(wish: Wish, side: str, loss: str, data: str, precision: str, **more: Any) -> Spec:
@@ -84,9 +85,7 @@ def spec(wish: Wish, side: str, loss: str, data: str, precision: str, **more: An
     }  # fmt: skip
 
 
-def _compared(
-    wish: Wish, loss: str, data: str, precision: str, *, parts: bool = False, defaults: bool = False
-) -> Case:
+def _compared(wish: Wish, loss: str, data: str, precision: str, *, parts: bool = False, defaults: bool = False) -> Case:
     """Ours and TRL's in turn. parts: ours without shared prompts and without packing too; defaults: TRL's defaults."""
     references = ("none",) if loss in NO_REFERENCE else ("live", "cached")
     ours = [{"reference": r, "layout": layout} for layout in ("trees", *(("packed", "padded") if parts else ()))
@@ -119,8 +118,8 @@ def _options(wish: Wish, data: str, precision: str) -> Case:
     )  # fmt: skip
     if wish.device == "cpu":
         changes = (*changes, {"precision": "bf16"})
-    made = tuple(spec(wish, "ours", "dpo", data, **{"precision": precision, "reference": "cached", **c}) for c in changes)
-    return Case(OPTIONS, "dpo", data, precision, made)
+    common = {"precision": precision, "reference": "cached"}
+    return Case(OPTIONS, "dpo", data, precision, tuple(spec(wish, "ours", "dpo", data, **common | c) for c in changes))
 
 
 def label(one: Spec) -> str:
@@ -162,7 +161,7 @@ def why_void(case: Case, records: list[dict[str, Any]]) -> str:
     return ""
 
 
-def _pairs(loss: str, mine: list[dict[str, float]], theirs: list[dict[str, float]]) -> Iterator[tuple[str, float, float]]:
+def _pairs(loss: str, mine: Lines, theirs: Lines) -> Iterator[tuple[str, float, float]]:
     """What has to be equal, with its name."""
     every = loss in ("dpo", "sft")
     for step, (a, b) in enumerate(zip(mine, theirs, strict=True)):

@@ -151,8 +151,8 @@ def _pair(tree: Tree) -> dict[str, Any]:
 
 def _labelled(tree: Tree) -> dict[str, Any]:
     assert tree.mismatched is not None
-    ids = {"prompt_ids": tree.prompt, "completion_ids": tree.completions[0].ids, "KL_completion_ids": tree.mismatched.ids}
-    return {**{name: value.tolist() for name, value in ids.items()}, "label": tree.label}
+    prompt, own, other = (ids.tolist() for ids in (tree.prompt, tree.completions[0].ids, tree.mismatched.ids))
+    return {"prompt_ids": prompt, "completion_ids": own, "KL_completion_ids": other, "label": tree.label}
 
 
 def _demonstration(tree: Tree) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignzoo.batch import PADDED, Way, plan_step
+from alignzoo.batch import PADDED, plan_step
 from alignzoo.tree import Completion, Tree
 
 
@@ -92,7 +92,7 @@ def packed_pass(trees: Sequence[Tree], which: str, *, shared: bool) -> Pass:
     return total
 
 
-def _training(trees: Sequence[Tree], one: Any, *, kto: bool, reference: bool, whole_step: bool) -> tuple[Pass, Pass]:
+def _training(one: Any, *, kto: bool, reference: bool, whole_step: bool) -> tuple[Pass, Pass]:
     """What a step forwards with gradients, and without. one: `which` to the pass over it.
 
     KTO's baseline is a pass without gradients over mismatched completions; ours scores the whole step in it
@@ -128,7 +128,6 @@ def step_flops(
     found = {}
     for name, one in layouts.items():
         whole = not name.startswith("trl")
-        graded, bare = _training(trees, one, kto=kto, reference=reference, whole_step=whole)
+        graded, bare = _training(one, kto=kto, reference=reference, whole_step=whole)
         found[name] = 3 * graded.flops(size) + bare.flops(size)
     return found
-

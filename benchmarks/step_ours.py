@@ -130,4 +130,3 @@ def _train(
     clock.start()
     engine.fit(plan.trees, [], lambda *_: bool(clock.step()))
     return Outcome(lines, fill_seconds, engine.budget, engine.way.name)
-

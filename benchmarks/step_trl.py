@@ -50,7 +50,8 @@ def train(spec: dict[str, Any], model: Any, tokenizer: Any, plan: Plan, clock: C
             "gradient_accumulation_steps": len(plan.steps[0]) // plan.per_device, "max_steps": len(plan.steps),
             "learning_rate": spec["learning_rate"], "lr_scheduler_type": "constant", "warmup_steps": 0,
             "bf16": spec["precision"] == "bf16", "use_cpu": not torch.cuda.is_available(), "seed": spec["seed"],
-            "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch",
+            "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+            "optim": "adamw_torch",
         }  # fmt: skip
         if not spec["defaults"]:
             options["gradient_checkpointing"] = False
