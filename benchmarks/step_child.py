@@ -14,7 +14,7 @@ WHAT_LOGS = ("loss", "grad_norm", "nll_loss", "logps/chosen", "logps/rejected", 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
     """The machine, the model as a folder, and how long each specification will take, in seconds."""
     import torch
-    from step_data import batch_of, make_plan, read_trees
+    from step_data import plan_of
     from step_flops import size_of, step_flops
     from step_measure import hardware, load, matrix_peak, model_folder, versions
 
@@ -26,9 +26,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     peaks = {precision: matrix_peak(model, precision) for precision in ("fp32", "bf16")}
     seconds = []
     for spec in request["specs"]:
-        trees = read_trees(spec["data"], tokenizer, spec["seed"])
-        batch, steps = batch_of(spec["data"], spec["loss"], spec["factor"]), spec["warmup"] + spec["steps"]
-        plan = make_plan(spec["loss"], trees, batch, steps, spec["seed"])
+        plan = plan_of(spec, tokenizer)
         options = {"kto": spec["loss"] == "kto", "reference": spec["reference"] == "live"}
         options |= {"per_device": plan.per_device, "budget": TOKENS_PER_DEVICE[where]}
         layout = "trl" if spec["side"] == "trl" else spec["layout"]
@@ -45,7 +43,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """One specification."""
-    from step_data import batch_of, make_plan, read_trees, sequence_tokens
+    from step_data import plan_of, sequence_tokens
     from step_flops import size_of, step_flops
     from step_measure import Clock, Memory, hardware, load, matrix_peak, versions
 
@@ -55,9 +53,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     else:
         from step_ours import train
     model, tokenizer = load(Path(request["folder"]))
-    steps = spec["warmup"] + spec["steps"]
-    trees = read_trees(spec["data"], tokenizer, spec["seed"])
-    plan = make_plan(spec["loss"], trees, batch_of(spec["data"], spec["loss"], spec["factor"]), steps, spec["seed"])
+    plan = plan_of(spec, tokenizer)
     size, weights = size_of(model), sum(p.numel() for p in model.parameters())
     before = matrix_peak(model, spec["precision"])
     forwarded = _watch(model) if spec["side"] == "trl" else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,15 @@ DEMO_ROWS, DEMO_BATCH = 64, 2
 NAMES = (*SHAPES, "demo")
 
 
-def batch_of(data: str, loss: str, factor: int = 1) -> int:
-    """Rows of one optimizer step: a pair is two labelled ones."""
-    rows = DEMO_BATCH if data == "demo" else SHAPES[data].batch
-    return rows * factor * (2 if KINDS.get(loss) == "labelled" else 1)
+def batch_of(data: str, factor: int = 1) -> int:
+    """Rows of one optimizer step."""
+    return factor * (DEMO_BATCH if data == "demo" else SHAPES[data].batch)
 
 
-def read_trees(data: str, tokenizer: Any, seed: int) -> list[Tree]:
-    """The rows of a data set, chosen and rejected or a group, in its own order."""
+def read_trees(data: str, tokenizer: Any, seed: int, least: int = 0) -> list[Tree]:
+    """The rows of a data set, chosen and rejected or a group, in its own order; more where `least` asks for more."""
     if data == "demo":
-        return _demo(tokenizer)
+        return _demo(tokenizer, max(least, DEMO_ROWS))
     shape, rng = SHAPES[data], np.random.default_rng(seed)
     lines = [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
     text = "\n".join(line[key] for line in lines for key in ("prompt", "chosen", "rejected"))
@@ -71,7 +70,7 @@ def read_trees(data: str, tokenizer: Any, seed: int) -> list[Tree]:
         return stream[start : start + length]
 
     trees = []
-    for row in range(shape.rows):
+    for row in range(max(least, shape.rows)):
         prompt = cut(shape.prompt)
         branches = tuple(Completion(cut(shape.completion)) for _ in range(shape.completions))
         rewards = tuple(float(reward) for reward in rng.random(shape.completions).round(3))
@@ -79,12 +78,12 @@ def read_trees(data: str, tokenizer: Any, seed: int) -> list[Tree]:
     return trees
 
 
-def _demo(tokenizer: Any) -> list[Tree]:
+def _demo(tokenizer: Any, rows: int) -> list[Tree]:
     """The first rows of LLaMA-Factory's demo, prepared as a run prepares them."""
     from alignzoo.data.dataset import prepare
     from alignzoo.recipe import Data, Source
 
-    source = Data(train=(Source(path=str(DEMO), limit=DEMO_ROWS),), max_length=1024)
+    source = Data(train=(Source(path=str(DEMO), limit=rows),), max_length=1024)
     made = prepare(source, "pairs", tokenizer, needs_mismatched=False, seed=0, say=lambda _: None)
     return list(made.train)
 
@@ -112,6 +111,13 @@ class Plan:
     trees: list[Tree]  # the whole data set, as ours gets it
     steps: list[list[Tree]]  # those of each step
     per_device: int  # rows of TRL's forward pass: eight sequences, or four pairs
+
+
+def plan_of(spec: Mapping[str, Any], tokenizer: Any) -> Plan:
+    """That of a specification of a case."""
+    seed, steps, batch = spec["seed"], spec["warmup"] + spec["steps"], batch_of(spec["data"], spec["factor"])
+    trees = read_trees(spec["data"], tokenizer, seed, least=steps * batch)
+    return make_plan(spec["loss"], trees, batch, steps, seed)
 
 
 def make_plan(loss: str, trees: Sequence[Tree], batch: int, steps: int, seed: int) -> Plan:

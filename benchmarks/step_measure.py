@@ -135,11 +135,15 @@ def _status(name: str) -> float:
 # --- the machine's peak ----------------------------------------------------------------------------------------------
 
 
-def matrix_peak(model: Any, precision: str, rows: int = 2048, seconds: float = 0.4) -> float:
+def matrix_peak(model: Any, precision: str, seconds: float = 0.4) -> float:
     """The most operations per second that this machine does in a product of the model's shapes.
 
-    rows x hidden by hidden x intermediate, and back; each for that long, the fastest single product counts.
+    rows x hidden by hidden x intermediate, and back, as many rows as a micro-batch has positions; the fastest single
+    product of all in that time counts.
     """
+    from alignzoo.engine import TOKENS_PER_DEVICE
+
+    rows = TOKENS_PER_DEVICE[device().type]
     config = model.config.get_text_config()
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or 4 * hidden

@@ -106,8 +106,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def words(case: dict[str, Any]) -> tuple[str, str, str]:
     """Loss, data and precision, and how many rows a step has."""
-    batch = batch_of(case["data"], case["loss"], case["factor"])
-    return case["loss"], f"{case['data']}, {batch} {ROWS_ARE.get(case['loss'], 'pairs')}", case["precision"]
+    batch = batch_of(case["data"], case["factor"])
+    rows = ROWS_ARE.get(case["loss"], "pairs")
+    return case["loss"], f"{case['data']}, {batch} {rows.removesuffix('s') if batch == 1 else rows}", case["precision"]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def growth_table(machine: Machine) -> list[str]:
         for size, row in growing(machine, what):
             smallest = growing(machine, what)[0][1]
             rows.append((
-                f"{what}, {size}x" if what == "tokens" else f"{size} completions of a prompt", row.spec["precision"],
+                f"{what}, {size}x" if what == "tokens" else f"{what}, {size}", row.spec["precision"],
                 f"{row.seconds:.3g}", f"{row.seconds / smallest.seconds:.2f}",
                 f"{row.flops('trees') / smallest.flops('trees'):.2f}", f"{row.of_peak:.0%}", f"{row.memory:.0f}",
             ))  # fmt: skip
@@ -265,8 +266,8 @@ def growth_plot(machine: Machine, path: Path, title: str) -> bool:
         ax.plot(sizes, [row.seconds for row in rows], "o-", label="measured")
         line = [rows[0].seconds * row.flops("trees") / rows[0].flops("trees") for row in rows]
         ax.plot(sizes, line, ":", color="0.5", label="by operations, from the smallest")
-        ax.set(xlabel=axis, ylabel="seconds per step", xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
-        ax.minorticks_off()
+        ax.set(xlabel=axis, ylabel="seconds per step", xticks=sizes)
+        ax.set_ylim(bottom=0)
         ax.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

@@ -12,28 +12,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # both runs and the imports, on two cores
+SECONDS = 200  # both runs and the imports, on two cores
 REPO = Path(__file__).resolve().parents[1]
 _LINE = re.compile(r"^import time:\s+(\d+) \|\s+(\d+) \|( *)(\S+)$", re.MULTILINE)
 _SET = ("samples.prompts=[]", "samples.from_eval=0", "eval.at_start=false", "train.max_steps=1")
 
 
-def measure(work: Path) -> dict[str, Any]:
-    """Seconds of each phase, cold and with what the first run kept; the slowest imports."""
+def measure(work: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Seconds of each phase, cold and with what the first run kept; the slowest imports. settings: as for --set."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        runs = {name: _run(Path(folder), name) for name in ("cold", "kept")}
+        runs = {name: _run(Path(folder), name, settings) for name in ("cold", "kept")}
     return {"date": datetime.now(UTC).date().isoformat(), "phases": runs, "imports": slow_imports()}
 
 
-def _run(folder: Path, name: str) -> dict[str, float]:
+def _run(folder: Path, name: str, settings: Sequence[str]) -> dict[str, float]:
     into = folder / f"{name}.json"
     here = {**os.environ, "ALIGNZOO_CACHE": str(folder / "cache")}
-    words = [sys.executable, __file__, str(into), str(folder / "runs"), repr(time.time())]
-    subprocess.run(words, check=True, env=here, cwd=REPO, capture_output=True, timeout=900)
+    settings = [*_SET, f"output.dir={folder / 'runs'}", *settings]
+    words = [sys.executable, __file__, str(into), repr(time.time()), *settings]
+    done = subprocess.run(words, env=here, cwd=REPO, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
     found: dict[str, float] = json.loads(into.read_text(encoding="utf-8"))
     return found
 
@@ -55,7 +59,7 @@ class _FirstStep(Exception):
     """The run has come to its first step."""
 
 
-def _watch(into: Path, output: str, began: float) -> None:
+def _watch(into: Path, began: float, settings: Sequence[str]) -> None:
     """The command in this process, with a clock between its phases; it ends at its first step."""
     marks = {"interpreter": time.time()}
     from alignzoo import runner
@@ -85,7 +89,7 @@ def _watch(into: Path, output: str, began: float) -> None:
         raise _FirstStep
 
     Engine._step = first_step  # type: ignore[method-assign]
-    recipe = runner.load_recipe("recipes/dpo.toml", [*_SET, f"output.dir={output}"])
+    recipe = runner.load_recipe("recipes/dpo.toml", settings)
     try:
         runner.run(recipe)
     except _FirstStep:
@@ -95,4 +99,4 @@ def _watch(into: Path, output: str, began: float) -> None:
 
 
 if __name__ == "__main__":
-    _watch(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
+    _watch(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

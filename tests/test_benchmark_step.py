@@ -1,4 +1,4 @@
-"""The comparison of benchmarks/step.py: its data, its operations, what makes it void, its page; and one tiny case of it."""
+"""benchmarks/step.py: its data, its operations, what makes a case void, its page; and one tiny case."""
 
 from __future__ import annotations
 
