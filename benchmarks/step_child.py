@@ -43,6 +43,7 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """One specification."""
+    import torch
     from step_data import plan_of, sequence_tokens
     from step_flops import size_of, step_flops
     from step_measure import Clock, Memory, hardware, load, matrix_peak, versions
@@ -65,6 +66,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     options = {"kto": spec["loss"] == "kto", "reference": spec["reference"] == "live"}
     options |= {"per_device": plan.per_device, "budget": outcome.budget or 2048}
     flops = [step_flops(step, size, **options) for step in measured]
+    if torch.cuda.is_available() and spec["loss"] != "orpo":  # there TRL's head is computed where it is needed
+        flops = [{**found, "trl": found["trl_head"]} for found in flops]
     return {
         "spec": spec, "hardware": hardware(), "versions": versions(), "weights": weights,
         "seconds": clock.seconds()[spec["warmup"] :], "first_seconds": clock.seconds()[0],

@@ -18,6 +18,7 @@ from step_data import batch_of
 
 _PART = re.compile(r"(<!-- measured -->\n).*?(<!-- end measured -->)", re.DOTALL)
 _GROWING = re.compile(r"(tokens|completions)-(\d+)")
+_COMMON = ("loss", "data", "precision", "factor", "warmup", "steps")
 ROWS_ARE = {"kto": "labelled rows", "sft": "rows", "grpo": "groups"}
 Record = dict[str, Any]
 
@@ -88,7 +89,7 @@ class Machine:
         """What both sides were measured on, as the part of a specification that is common to them."""
         seen = []
         for row in self.rows:
-            case = {name: row.spec[name] for name in ("loss", "data", "precision", "factor")}
+            case = {name: row.spec[name] for name in _COMMON}
             if case not in seen and _GROWING.fullmatch(case["data"]) is None:
                 seen.append(case)
                 yield case
