@@ -91,25 +91,33 @@ class Results:
 
 
 def run_case(case: Case, machine: Record, results: Results, options: argparse.Namespace) -> bool:
-    """Measures what is not there yet of a case; whether it is a comparison."""
+    """Measures what is not there yet of a case; whether all of it is there now, and a comparison."""
     records: list[Record] = []
     for spec in case.specs:
         found = None if options.again else results.find(spec, machine)
-        if found is None:
-            began = time.monotonic()
-            request = {"do": "measure", "spec": spec, "folder": machine["folder"]}
-            found = child(request, options.work, options.timeout)
-            found |= {"model": machine["model"], "date": datetime.now(UTC).date().isoformat()}
-            results.put(found)
-            per_step = sum(found["seconds"]) / len(found["seconds"])
-            what = f"{spec['data']} {spec['precision']}, {label(spec)}"
-            print(f"  {what}: {per_step:.2f} s a step ({time.monotonic() - began:.0f} s)", flush=True)
-        records.append(found)
+        try:
+            records.append(found or _measure(spec, machine, results, options))
+        except Failed as error:
+            print(f"  {_words(spec)}: FAILED: {error}", flush=True)
     void = why_void(case, records)
     results.mark(case.specs, machine, void)
     if void:
         print(f"  VOID: {void}", flush=True)
-    return not void
+    return not void and len(records) == len(case.specs)
+
+
+def _measure(spec: Spec, machine: Record, results: Results, options: argparse.Namespace) -> Record:
+    began = time.monotonic()
+    found = child({"do": "measure", "spec": spec, "folder": machine["folder"]}, options.work, options.timeout)
+    found |= {"model": machine["model"], "date": datetime.now(UTC).date().isoformat()}
+    results.put(found)
+    per_step = sum(found["seconds"]) / len(found["seconds"])
+    print(f"  {_words(spec)}: {per_step:.2f} s a step ({time.monotonic() - began:.0f} s)", flush=True)
+    return found
+
+
+def _words(spec: Spec) -> str:
+    return f"{spec['data']} {spec['precision']}, {label(spec)}"
 
 
 def wanted(options: argparse.Namespace, device: str) -> list[Case]:
@@ -191,18 +199,18 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options.work.mkdir(parents=True, exist_ok=True)
     results = Results(options.results)
-    machine, found = probe(options)
+    try:
+        machine, found = probe(options)
+    except Failed as error:
+        print(f"{options.model}: {error}", file=sys.stderr)
+        return 2
     tell(machine, found, results, options)
     if options.list:
         return 0
     bad = 0
     for case in found:
         print(case.name, flush=True)
-        try:
-            bad += not run_case(case, machine, results, options)
-        except Failed as error:
-            bad += 1
-            print(f"  FAILED: {error}", flush=True)
+        bad += not run_case(case, machine, results, options)
     if startup_wanted(options):
         print("start-up", flush=True)
         results.put(step_startup.measure(options.work) | {k: machine[k] for k in ("hardware", "model")}, "startup")

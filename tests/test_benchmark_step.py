@@ -205,6 +205,32 @@ def test_a_tiny_case_is_measured_and_reported(tmp_path: Path, capsys: pytest.Cap
     assert f"| dpo | tiny, 4 pairs | fp32 | live against live | {ratio:.2f} | {bound:.2f} |" in text
 
 
+def test_a_measurement_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import step
+    from step_cases import Case, Wish, spec
+
+    wish = Wish(**WISH)
+    specs = tuple(spec(wish, "ours", "dpo", f"tokens-{n}", "fp32") for n in (1, 2))
+    flops = dict.fromkeys(("trl", "trl_head", "padded", "packed", "trees"), 1.0)
+
+    def found(request: dict[str, Any], *_: Any) -> dict[str, Any]:
+        if request["spec"]["data"] == "tokens-1":
+            raise step.Failed("no memory left")
+        return {**measured("trees", "ours", 2.0, 1.0, flops), "spec": request["spec"]}
+
+    monkeypatch.setattr(step, "child", found)
+    file = tmp_path / "performance.json"
+    options = argparse.Namespace(again=False, work=tmp_path, timeout=1)
+    machine = {"folder": "m", "model": "m", "hardware": "a CPU", "versions": {"torch": "2"}}
+    assert not step.run_case(Case("growth", "dpo", "tokens", "fp32", specs), machine, step.Results(file), options)
+    said = capsys.readouterr().out
+    assert "tokens-1 fp32" in said and "FAILED: no memory left" in said and "2.00 s a step" in said
+    (kept,) = json.loads(file.read_text())["records"]
+    assert (kept["spec"]["data"], kept["void"]) == ("tokens-2", "")
+
+
 def measured(layout: str, side: str, seconds: float, head: float, flops: dict[str, float]) -> dict[str, Any]:
     from step_cases import Wish, spec
 
