@@ -144,6 +144,23 @@ def test_a_case_with_other_losses_is_void(loss: str, theirs: list[float], void: 
     assert bool(why_void(case, [a_record("ours", [0.6931, 0.61]), a_record("trl", theirs)])) is void
 
 
+@pytest.mark.parametrize(
+    ("precision", "name", "theirs", "void"),
+    [
+        ("fp32", "logps/chosen", -300.02, False), ("fp32", "logps/chosen", -300.04, True),
+        ("fp32", "grad_norm", 30.05, False), ("fp32", "grad_norm", 30.07, True), ("bf16", "grad_norm", 31.0, False),
+        ("bf16", "logps/chosen", -299.0, False), ("bf16", "logps/chosen", -297.0, True),
+    ],
+)  # fmt: skip
+def test_log_probs_and_gradients_are_compared_too(precision: str, name: str, theirs: float, void: bool) -> None:
+    from step_cases import Case, why_void
+
+    records = [a_record(side, [0.69]) for side in ("ours", "trl")]
+    for record, value in zip(records, (-300.0 if "logps" in name else 30.0, theirs), strict=True):
+        record["lines"][0][name] = value
+    assert bool(why_void(Case("compared", "dpo", "std", precision, ()), records)) is void
+
+
 def test_a_case_with_other_tokens_is_void() -> None:
     from step_cases import Case, why_void
 
