@@ -111,6 +111,8 @@ def make_job(
         say=say,
         watch=watch,
     )
+    if kind == "prompts":
+        rewards.check_columns(list(data.train[0].columns))
     train = recipe.train
     iterations = recipe.rollout.iterations if recipe.rollout else 1
     steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps, iterations)

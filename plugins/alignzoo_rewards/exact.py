@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
 from collections.abc import Sequence
@@ -14,9 +15,16 @@ import alignzoo
 @dataclass(frozen=True)
 class Settings:
     answer: str = alignzoo.setting("answer", "column with the right answer; a list of them: any will do")
+    find: str = alignzoo.setting("", r"of a completion only the last match of this regular expression counts, e.g. \d+")
     after: str = alignzoo.setting("", 'only what follows the last of these marks counts, e.g. "####"')
     ignore_case: bool = alignzoo.setting(True, "take large and small letters as the same")
     ignore_punctuation: bool = alignzoo.setting(True, "leave out ASCII punctuation")
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.find)
+        except re.error as error:
+            raise ValueError(f"find = {self.find!r} is no regular expression: {error}") from error
 
 
 class Exact(alignzoo.Reward):
@@ -40,6 +48,9 @@ class Exact(alignzoo.Reward):
     def _value(self, completion: str, answer: Any) -> float | None:
         if answer is None:
             return None
+        if self.settings.find:
+            found = [match.group() for match in re.finditer(self.settings.find, completion)]
+            completion = found[-1] if found else ""
         answers = answer if isinstance(answer, list | tuple) else [answer]
         return float(self._plain(completion) in {self._plain(str(right)) for right in answers})
 
