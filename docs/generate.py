@@ -24,6 +24,7 @@ import click
 from alignzoo import schema
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
+from alignzoo.data.lint_rules import RULES
 from alignzoo.data.rows import REASONS
 from alignzoo.plugins import BLOCK, LossInfo, Registry, discover, loss_table, reward_table
 from alignzoo.recipe import SECTIONS, RewardKeys
@@ -187,6 +188,12 @@ def reasons() -> list[str]:
     return table(("reason", "meaning"), [(code(reason), words) for reason, words in REASONS.items()])
 
 
+def lint_rules() -> list[str]:
+    """What `alignzoo data lint` finds by rules of its own."""
+    cells = [(code(name), r.severity, r.what, r.causes, r.fix) for name, r in RULES.items()]
+    return table(("finding", "severity", "what", "in training", "to do"), cells)
+
+
 def layouts() -> list[str]:
     """What `auto` makes of the rows of tiny models of many classes, as the tests hold it."""
     return table(("model", "rows"), list(runpy.run_path(str(LAYOUTS))["EXPECTED"].items()))
@@ -217,7 +224,7 @@ def verified_row(record: Mapping[str, Any]) -> Sequence[str]:
 
 PARTS: dict[str, Callable[[], list[str]]] = {
     "sections": sections, "losses": losses, "commands": commands, "formats": formats, "reasons": reasons,
-    "layouts": layouts, "verified": verified, "rewards": rewards,
+    "layouts": layouts, "verified": verified, "rewards": rewards, "lint-rules": lint_rules,
     "example": partial(example, "alignzoo_ipo2.py"), "reward-example": partial(example, "alignzoo_brevity.py"),
 }  # fmt: skip
 

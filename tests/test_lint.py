@@ -116,7 +116,8 @@ def test_length_bias(tmp_path: Path) -> None:
     rows = clean(100)
     for i, row in enumerate(rows):
         row["chosen" if i < 80 else "rejected"] += " and more" * (i + 9)
-    found = lint(write(tmp_path / "a.jsonl", rows))["length-bias"]
+    ties = [{"prompt": row["prompt"], "chosen": row["prompt"], "rejected": row["prompt"][::-1]} for row in clean(10, 2)]
+    found = lint(write(tmp_path / "a.jsonl", rows + ties))["length-bias"]
     assert (found["severity"], found["count"], found["of"]) == ("warning", 80, 100) and "80 of 100" in found["detail"]
     assert found["rows"][0]["where"].endswith(":80")  # the widest apart
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]

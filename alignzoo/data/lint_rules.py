@@ -138,8 +138,7 @@ RULES: dict[str, Rule] = {
     ),
     "duplicate": Rule(
         "warning", "rows that stand in the data before, in every word",
-        "they count twice; repeated rows are memorised first and held-out loss rises sooner (Lee et al. 2022, "
-        "arXiv:2107.06499)",
+        "they count twice, and repeated text is what models come to say by heart (Lee et al. 2022, arXiv:2107.06499)",
         "remove them; to count rows more often on purpose, give the source a weight",
     ),
     "near-duplicate": Rule(
@@ -153,7 +152,7 @@ RULES: dict[str, Rule] = {
     ),
     "contradiction": Rule(
         "warning", "the same answers judged both ways",
-        "their gradients cancel; a loss with label_smoothing, or a bounded one, takes less harm",
+        "their gradients cancel; a loss with label_smoothing, or with a target, takes less harm",
         "decide for one of the two, or remove both",
     ),
     # --- pairs and labels
