@@ -100,6 +100,7 @@ def test_empty_broken_and_wordless_texts(tmp_path: Path) -> None:
     rows = clean(60)
     rows[0]["chosen"], rows[1]["chosen"], rows[2]["rejected"] = " ", 7, "?!... 🙂"
     rows[3]["chosen"] += " cafÃ© \ufffd"
+    rows[5]["prompt"], rows[6]["prompt"] = "Who are {{you}} and {{me}}?", "Who is {{else}}?"
     rows[4]["prompt"] = "<|im_start|>user\nHi<|im_end|>"
     path = Path(write(tmp_path / "a.jsonl", rows))
     path.write_text(path.read_text() + "{broken\n")
@@ -109,6 +110,7 @@ def test_empty_broken_and_wordless_texts(tmp_path: Path) -> None:
         "invalid-json": 61,
     }  # fmt: skip
     assert {rule: lines(found[rule]) for rule in where} == {rule: [line] for rule, line in where.items()}
+    assert lines(found["placeholder"]) == [6, 7] and "{{you}}, {{me}}" in str(found["placeholder"]["rows"])
     assert [found[rule]["severity"] for rule in ("empty-completion", "not-text", "invalid-json")] == ["error"] * 3
 
 
@@ -228,7 +230,7 @@ def test_what_the_terminal_shows(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["data", "lint", write(tmp_path / "a.jsonl", rows)])
     assert result.exit_code == 0
     for words in ("30 rows, 30 usable, of format pairs", "near-identical-pair", "5 of 30", "16.7%",
-                  "a.jsonl:1: similarity 0.9", "in training: ", "to do: ",
+                  ": similarity 0.9", "in training: ", "to do: ",
                   "... --html FILE and --json name 5 rows", "1 warning(s)",
                   "cannot be looked for", "alignzoo data lint --recipe R.toml"):  # fmt: skip
         assert words in result.output, words
@@ -316,7 +318,7 @@ def test_planted_faults_in_real_pairs(tmp_path: Path) -> None:
         ("dpo_en_demo.json", {"duplicate", "pair-languages"}),
         ("dpo_zh_demo.json", {"duplicate", "broken-text"}),
         ("glaive_toolcall_en_demo.json", {"duplicate", "near-duplicate"}),
-        ("identity.json", {"placeholder: {{name}}", "placeholder: {{author}}"}),
+        ("identity.json", {"placeholder"}),
         ("kto_en_demo.json", set()),
     ],
 )

@@ -107,16 +107,15 @@ def findings(hits: Hits, rows: int, limits: Thresholds, *, skip_bad: bool = Fals
 
 def rule_of(key: str) -> Rule:
     """The rule of an identifier; reasons of bad rows and notes on rows have theirs from rows.py."""
-    name = key.partition(": ")[0]
-    if name in RULES:
-        return RULES[name]
-    if name in NOTES:
-        words = NOTES[name]
+    if key in RULES:
+        return RULES[key]
+    if key in NOTES:
+        words = NOTES[key]
         return Rule("warning" if words.startswith("warning: ") else "note", words.removeprefix("warning: "))
-    if name in _LATE:
-        return Rule("note", REASONS[name], "the row is dropped and counted")
+    if key in _LATE:
+        return Rule("note", REASONS[key], "the row is dropped and counted")
     return Rule(
-        "error", REASONS[name],
+        "error", REASONS[key],
         'the run stops before the model is loaded; with data.on_bad_row = "skip" the row is left out',
         "mend or remove the row",
     )  # fmt: skip

@@ -90,8 +90,8 @@ class Scan:
         prompt, answers = said(example.prompt), [said(completion) for completion in example.completions]
         parts = [shingles(text) for text in (prompt, *answers)]
         self._keep(example, int(place[0]), prompt, answers, parts)
-        for note in example.notes:
-            self.hits.add(note, example.where)
+        for key, details in by_key(example.notes).items():
+            self.hits.add(key, example.where, ", ".join(filter(None, details)))
         self._look_at_texts(example.where, prompt, answers)
         if len(answers) == 2:
             self._look_at_pair(example.where, answers, jaccard(parts[1], parts[2]))
@@ -140,6 +140,15 @@ class Scan:
         if alike >= self.limits.near:
             same = "" if normalised(answers[0]) != normalised(answers[1]) else ": letter case and white space differ"
             self.hits.add("near-identical-pair", where, f"similarity {alike:.2f}{same}", alike)
+
+
+def by_key(notes: Sequence[str]) -> dict[str, list[str]]:
+    """Notes, "key" or "key: detail", as the details of each key."""
+    found: dict[str, list[str]] = {}
+    for note in notes:
+        key, _, detail = note.partition(": ")
+        found.setdefault(key, []).append(detail)
+    return found
 
 
 def said(turns: Turns) -> str:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from alignzoo.data.encode import Pipeline
 from alignzoo.data.lint_rules import Hits
+from alignzoo.data.lint_scan import by_key
 from alignzoo.data.rows import BadRow, Dropped, Example
 from alignzoo.data.selection import held_key, hold_out, prompt_key, short
 from alignzoo.data.template import Texts, render
@@ -58,8 +59,8 @@ class TokenScan:
 
     def _look_at(self, number: int, example: Example, texts: Texts, pieces: Pieces) -> None:
         where, whole = example.where, (*texts.wholes, texts.prompt)[0]
-        for note in texts.notes:
-            self._hit(note, number, where)
+        for key, details in by_key(texts.notes).items():
+            self._hit(key, number, where, ", ".join(filter(None, details)))
         beginning = np.concatenate([pieces.prompt[:2], *(one.ids[:2] for one in pieces.completions[:1])])[:2].tolist()
         if self.bos is not None and beginning == [self.bos, self.bos]:
             self._hit("doubled-bos", number, where, repr(whole[:60]))
