@@ -85,6 +85,15 @@ def test_twenty_rows_leaked_into_training(tmp_path: Path) -> None:
     assert all("b.jsonl" in row["where"] and "a.jsonl" in row["detail"] for row in leaked["rows"])
 
 
+def test_the_same_question_under_another_system_turn_is_another_prompt(tmp_path: Path) -> None:
+    rows = [{"system": f"You are number {i % 2}.", **row} for i, row in enumerate(clean(60))]
+    rows[3] = {**rows[2], "system": rows[3]["system"], "chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]}
+    held = [{**clean(1, seed=9)[0], "system": "You are another.", "prompt": rows[5]["prompt"]}]
+    found = lint(write(tmp_path / "a.jsonl", rows), "--eval", write(tmp_path / "b.jsonl", held))
+    assert "contradiction" not in found and "leaked-prompt" not in found and "repeated-prompt" not in found
+    assert lines(found["leaked-near"]) == [1]
+
+
 def test_pairs_that_are_nearly_or_wholly_the_same(tmp_path: Path) -> None:
     rows = clean(50)
     rows[7]["rejected"] = rows[7]["chosen"] + " Yes."

@@ -100,15 +100,15 @@ class Scan:
         self, example: Example, number: int, prompt: str, answers: Sequence[str], parts: Sequence[Shingles]
     ) -> None:
         answer = sketch(parts[1] if answers else parts[0])
-        asked = prompt or "".join(answers)  # text without a prompt is its own
+        asked = (normalised(prompt or "".join(answers)), system_text(example.prompt), example.tools)
         keys = [short(content_hash(normalised(text))) for text in answers]
         ordered = len(keys) < 2 or keys[0] <= keys[1]
         values = {
             "source": len(self.sources) - 1,
             "number": number,
             "row_key": example.weight_key,
-            "prompt_key": short(content_hash(normalised(asked))),
-            "answers_key": short(content_hash(normalised(asked), sorted(keys))),
+            "prompt_key": short(content_hash(asked)),  # text without a prompt is its own
+            "answers_key": short(content_hash(asked, sorted(keys))),
             "label": int(ordered) if len(answers) == 2 else -1 if example.label is None else int(example.label),
             "first": len(answers[0]) if answers else 0,
             "second": len(answers[-1]) if answers else 0,
@@ -156,6 +156,12 @@ def said(turns: Turns) -> str:
     if isinstance(turns, str):
         return turns
     return "\n".join(_turn(turn) for turn in turns if turn["role"] not in ("system", "developer"))
+
+
+def system_text(turns: Turns) -> str:
+    """What `said` leaves out."""
+    system = () if isinstance(turns, str) else (t["content"] for t in turns if t["role"] in ("system", "developer"))
+    return normalised("\n".join(system))
 
 
 def _turn(turn: Any) -> str:
