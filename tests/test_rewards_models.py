@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -82,6 +83,25 @@ def test_values_are_those_of_plain_transformers_whatever_the_padding(scorer: Pat
     assert reward(PROMPTS[::-1], COMPLETIONS[::-1]) == pytest.approx(expected[::-1], abs=1e-5)
     assert reward([], []) == [] and not any(p.requires_grad for p in reward.model.parameters())
     assert "LlamaForSequenceClassification" in reward.line and "at most 256 tokens" in reward.line
+
+
+def test_a_model_that_sees_the_padding_unless_it_is_masked(tokenizer: Any, tmp_path: Path) -> None:
+    """Every position of BERT looks at every other; and this tokenizer adds a token, which the template has not."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertForSequenceClassification
+
+    own = copy.deepcopy(tokenizer)
+    own._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", own.bos_token_id)])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(own), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=1, pad_token_id=own.pad_token_id, initializer_range=0.5,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    own.save_pretrained(tmp_path / "bert")
+    expected = [by_hand(tmp_path / "bert", *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert max(expected) - min(expected) > 0.1
+    assert started(tmp_path / "bert")(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_model_without_a_pad_token(tokenizer: Any, tmp_path: Path) -> None:
@@ -260,6 +280,10 @@ def test_only_so_many_are_asked_at_once(server: Server) -> None:
     server.answer = lambda text: time.sleep(0.05) or "Score: 1"
     judge(server, concurrency=3).score(["p"] * 12, ["c"] * 12, {})
     assert len(server.asked) == 12 and 1 < server.most <= 3
+    patient = judge(server, concurrency=1, seconds=0.5, retries=0)
+    assert patient.score(["p"] * 15, ["c"] * 15, {}).failed == {
+        "judge": 0
+    }  # the time is that of a request, not of a queue
 
 
 @pytest.mark.parametrize(

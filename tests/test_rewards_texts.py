@@ -116,7 +116,8 @@ def test_numeric_against_answers_of_many_forms() -> None:
         ("#### 72", "It is 72, or so I thought. #### 71", 0.0), ("#### 70,000", "a profit of $70000", 1.0),
         ("#### 70000", "#### 70,000", 1.0), ("#### -3", "#### -3.0", 1.0), ("#### 5", "", 0.0), ("#### 5",
         "no idea", 0.0),
-        (r"\frac{1}{2}", r"So \boxed{0.5}", 1.0), (r"3\pi", r"\boxed{3\pi}", 1.0), (r"3\pi", r"\boxed{3}", 0.0),
+        ("#### 6", r"\boxed{5}? No. #### 6", 1.0), (r"\frac{1}{2}", r"So \boxed{0.5}", 1.0), (r"3\pi",
+        r"\boxed{3\pi}", 1.0), (r"3\pi", r"\boxed{3}", 0.0),
         ("$x^2+2x+1$", r"\boxed{(x+1)^2}", 1.0), ("x^2+1", r"\boxed{x^2-1}", 0.0), (0.5, "1/2", 1.0), (None, "5", None),
         ("", "5", None), ("#### 42", "die Antwort: 42 €, 日本", 1.0),
     ]  # fmt: skip
@@ -132,6 +133,24 @@ def test_numeric_gives_up_a_number_that_cannot_be_computed() -> None:
     started = time.monotonic()
     endless = r"\boxed{9^{9^{9^{9^{9}}}}}"
     assert reward(["p"] * 3, ["5", endless, "5"], answer=["5", "5", "5"]) == [1.0, 0.0, 1.0]
+    assert time.monotonic() - started < 20
+
+
+def test_numeric_ends_a_process_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys, time\n"
+        "for line in sys.stdin:\n"
+        "    asked = json.loads(line)\n"
+        "    if asked['completion'] == 'hang': time.sleep(60)\n"
+        "    if asked['completion'] == 'crash': sys.exit(3)\n"
+        "    print(json.dumps({'value': 0.5}), flush=True)\n"
+    )
+    monkeypatch.setattr("alignzoo_rewards.numeric.WORKER", worker)
+    reward = discover().reward("numeric").cls(seconds=0.5)
+    started = time.monotonic()
+    first, hung, crashed, last = reward(["p"] * 4, ["a", "hang", "crash", "b"], answer=["1"] * 4)
+    assert (first, hung, last) == (0.5, 0.0, 0.5) and "ended with code 3" in str(crashed)
     assert time.monotonic() - started < 20
 
 
