@@ -105,7 +105,10 @@ class Rewards:
                     )
 
     def start(self, device: Any) -> None:
-        """Loads what the rewards need. Raises AlignzooError, PluginError where a reward fails in any other way."""
+        """Loads what the rewards need, whole on every rank: call it outside of sharding.sharded_loading.
+
+        Raises AlignzooError, PluginError where a reward fails in any other way.
+        """
         for entry in self._entries:
             try:
                 line = entry.reward.start(device)
