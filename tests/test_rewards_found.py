@@ -227,4 +227,4 @@ def test_a_loss_that_learns_from_data_has_no_use_for_rewards(tiny_folder: Path, 
     said: list[str] = []
     job = make_job(load_recipe(table), said.append)
     assert job.rewards.labels == ["think"] and any(line.startswith("reward: think (alignzoo") for line in said)
-    assert "WARNING: [[rewards]] is without effect: sft learns from demonstrations, not from its own answers" in said
+    assert any(line.startswith("WARNING: [[rewards]] is without effect: ") for line in said)
