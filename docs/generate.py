@@ -225,7 +225,6 @@ def verified_row(record: Mapping[str, Any]) -> Sequence[str]:
 PARTS: dict[str, Callable[[], list[str]]] = {
     "sections": sections, "losses": losses, "commands": commands, "formats": formats, "reasons": reasons,
     "layouts": layouts, "verified": verified, "rewards": rewards, "lint-rules": lint_rules,
-    "layouts": layouts, "verified": verified, "rewards": rewards,
     "example": partial(example, "alignzoo_ipo2.py"), "reward-example": partial(example, "alignzoo_brevity.py"),
 }  # fmt: skip
 

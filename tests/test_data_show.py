@@ -66,7 +66,7 @@ def test_show_rows(tmp_path: Path) -> None:
                   "[invalid-json]", "a.jsonl:6", "q1", "q2", "rejected"):  # fmt: skip
         assert words in text
     assert "q3" not in text
-    assert "pairs (made into demonstrations or labelled where a loss wants that)" in text
+    assert "pairs (made into demonstrations or labelled or prompts where that is wanted)" in text
     renamed = shown(str(path), limit=1, columns={"completion": "chosen"}, format="prompt_completion")
     assert "demonstrations" in renamed
 

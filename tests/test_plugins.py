@@ -35,7 +35,6 @@ def test_nothing_here_imports_torch() -> None:
     import alignzoo; seen["alignzoo"] = heavy()
     import alignzoo.plugins as p; seen["plugins"] = heavy()
     registry = p.discover()
-    registry = p.discover(); 
     seen["discover"] = heavy() + [m for m in sys.modules if m.startswith(("alignzoo_losses", "alignzoo_rewards"))]
     rows = p.loss_table(registry) + p.reward_table(registry) + p.plugin_table(registry); seen["tables"] = heavy()
     seen["rows"] = len(rows)

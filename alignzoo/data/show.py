@@ -126,7 +126,7 @@ def _summary(reading: Reading, labels: Counter[bool | None]) -> Table:
     if known is not None:
         table.add_row(Text("format", style="bold"), Text(f"{known.name}: {known.description}"))
         others = [to for of, to in CONVERSIONS if of == known.kind]
-        also = f" (made into {' or '.join(others)} where a loss wants that)" if others else ""
+        also = f" (made into {' or '.join(others)} where that is wanted)" if others else ""
         table.add_row(Text("kind", style="bold"), Text(known.kind + also))
     table.add_row(Text("columns", style="bold"), Text(", ".join(reading.columns)))
     for line in reading.remarks:
