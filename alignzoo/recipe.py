@@ -1,230 +1,43 @@
-"""A recipe: every key that `alignzoo run` reads, its type, bounds and meaning. It imports no torch.
-
-[train] holds what the result depends on; [engine] what the machine needs and what changes nothing but rounding.
-"""
+"""A recipe: what `alignzoo run` reads, from TOML to typed sections (sections.py). It imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from alignzoo.errors import RecipeError
 from alignzoo.recipe_file import Tables, read_tables, tables_from
 from alignzoo.schema import Path as Key
-from alignzoo.schema import Problem, Raw, build, convert, nearest, parse_raw, setting, show
+from alignzoo.schema import Problem, Raw, build, convert, nearest, parse_raw, show
 from alignzoo.schema import Spec as _Spec
+from alignzoo.sections import (
+    OPTIONAL,
+    SECTIONS,
+    Checkpoint,
+    Data,
+    Engine,
+    Eval,
+    Log,
+    LoRA,
+    Model,
+    Output,
+    Reference,
+    RewardKeys,
+    Rollout,
+    Samples,
+    Source,
+    Train,
+)
 
-REQUIRED: Any = MISSING
-
-
-@dataclass(frozen=True)
-class LoRA:
-    rank: int = setting(64, "rank of the adapter", ge=1)
-    alpha: float | None = setting(None, "scale of the adapter; twice the rank if not given", gt=0)
-    dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
-    target: str | tuple[str, ...] = setting("all-linear", 'module names, a regular expression, or "all-linear"')
-    modules_to_save: tuple[str, ...] = setting((), "modules trained whole and saved beside the adapter")
-    dora: bool = setting(False, "weight-decomposed LoRA (arXiv:2402.09353)")
-    rslora: bool = setting(False, "scale by alpha / sqrt(rank) (arXiv:2312.03732)")
-
-
-@dataclass(frozen=True)
-class Model:
-    path: str = setting(
-        REQUIRED,
-        "a local folder, a hub id, a .gguf file, package:NAME/FILE.gguf, or run:DIR for a finished run's model",
-    )
-    revision: str | None = setting(None, "branch, tag or commit on the hub")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
-        "float32", "type of the stored weights; auto: as they were saved"
-    )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(
-        "auto", "attention implementation of transformers"
-    )
-    dropout: float = setting(0.0, "every dropout of the model; 0 switches them off", ge=0, lt=1)
-    router_loss: float = setting(0.0, "weight of the load-balancing loss of a mixture-of-experts model; 0: none", ge=0)
-    lora: LoRA | None = setting(None, "train an adapter instead of all weights: a table, {} for its defaults")
-    quantization: Literal["4bit", "8bit"] | None = setting(
-        None, "load the base quantised by bitsandbytes (extra qlora); needs model.lora"
-    )
-    trust_remote_code: bool = setting(False, "run code that comes with the model")
-
-
-@dataclass(frozen=True)
-class Reference:
-    mode: Literal["auto", "cache", "live"] = setting(
-        "auto",
-        "auto: adapter off under LoRA if the reference is its base, a frozen copy where it moves, else the cache; "
-        "cache: log-probs computed once and kept on disk, see cache.md; live: a frozen copy",
-    )
-    path: str | None = setting(None, "reference model, as model.path; the start model if not given")
-    revision: str | None = setting(None, "branch, tag or commit of reference.path on the hub")
-    sync_every_steps: int | None = setting(
-        None, "move the reference towards the policy every so many steps (TR-DPO, arXiv:2404.09656)", ge=1
-    )
-    sync_alpha: float = setting(0.6, "how far it moves: 1 copies the policy", gt=0, le=1)
-
-
-@dataclass(frozen=True)
-class Source:
-    path: str = setting(REQUIRED, "json, jsonl, parquet or csv file, a folder saved by datasets, or a hub id")
-    split: str | None = setting(None, "split of a saved or hub data set, e.g. train")
-    weight: float = setting(1.0, "how often each row counts: 0.5 takes half of the rows, 2 each row twice", gt=0)
-    limit: int | None = setting(None, "the first rows only", ge=1)
-    format: str = setting("auto", "format of the rows; auto: found from the columns")
-    columns: dict[str, str] = setting({}, 'our column = the file\'s, e.g. {chosen = "good"}; added to data.columns')
-
-
-@dataclass(frozen=True)
-class Data:
-    train: str | tuple[Source, ...] = setting(REQUIRED, "training rows: a path, or a list of tables")
-    eval: str | tuple[Source, ...] | None = setting(None, "held-out rows: a path, or a list of tables")
-    eval_fraction: float = setting(0.0, "without data.eval: the part of the rows that is held out", ge=0, lt=1)
-    max_length: int = setting(1024, "tokens of prompt and completion together", ge=2)
-    max_prompt_length: int | None = setting(None, "tokens of the prompt", ge=1)
-    max_completion_length: int | None = setting(None, "tokens of a completion", ge=1)
-    truncation: Literal["drop", "prompt_left", "completion_right"] = setting(
-        "drop", "what is too long: drop the row, cut the prompt's start, or cut the completion's end"
-    )
-    chat_template: str = setting(
-        "auto",
-        "auto: the tokenizer's, also for strings; none: raw text; a bundled name, e.g. chatml; or a path",
-    )
-    chat_template_kwargs: dict[str, Any] = setting({}, "passed to the chat template, e.g. {enable_thinking = false}")
-    system: str | None = setting(None, "system turn of rows that have none")
-    train_on: Literal["every", "last"] = setting(
-        "every", "of a conversation to imitate: every assistant turn is learned, or the last only"
-    )
-    columns: dict[str, str] = setting({}, 'our column = the file\'s, e.g. {chosen = "good"}')
-    keep: tuple[str, ...] = setting((), "numeric columns that the loss gets as batch.extra")
-    on_bad_row: Literal["fail", "skip"] = setting(
-        "fail", "a row that cannot be used: stop, or leave it out and count it"
-    )
-
-
-@dataclass(frozen=True)
-class Train:
-    learning_rate: float = setting(REQUIRED, "peak learning rate", ge=0)
-    batch_size: int = setting(16, "examples in one optimizer step, over all micro-batches and ranks", ge=1)
-    epochs: int = setting(1, "passes over the training rows", ge=1)
-    max_steps: int | None = setting(None, "at most so many optimizer steps", ge=1)
-    optimizer: str = setting("adamw_torch", "by its name in transformers, e.g. adamw_torch, sgd, adafactor")
-    lr_scheduler: str = setting("cosine", "by its name in transformers, e.g. cosine, linear, constant_with_warmup")
-    warmup_ratio: float = setting(0.1, "part of the steps for the warm-up", ge=0, le=1)
-    warmup_steps: int | None = setting(None, "steps of the warm-up; beats warmup_ratio", ge=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay; not for biases and norms", ge=0)
-    adam_betas: tuple[float, float] = setting((0.9, 0.999), "Adam's decay rates", ge=0, lt=1)
-    adam_epsilon: float = setting(1e-8, "Adam's epsilon", gt=0)
-    max_grad_norm: float = setting(1.0, "clip the gradient's L2 norm; 0: off", ge=0)
-    seed: int = setting(42, "seed of the data order, the adapter's start and every dropout", ge=0)
-
-
-@dataclass(frozen=True)
-class Engine:
-    tokens_per_device: int | None = setting(
-        None, "positions forwarded at once, padding included; 2048 on a CPU, 8192 on a GPU if not given", ge=1
-    )
-    packing: Literal["auto", "on", "off"] = setting(
-        "auto", "rows without padding; auto: where the model can, else padded, with the reason said"
-    )
-    prefix_sharing: Literal["auto", "on", "off"] = setting(
-        "auto", "a prompt forwarded once for all its completions; needs packing; auto: where the model can"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "of the computation; auto: bf16 on a GPU that has it, else fp32"
-    )
-    gradient_checkpointing: bool = setting(False, "less memory for activations, about a third more time")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
-    zero: int = setting(
-        0, "ZeRO stage: what the ranks share out: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights",
-        ge=0, le=3,
-    )  # fmt: skip
-    offload_optimizer: Literal["none", "cpu", "nvme"] = setting("none", "where optimizer states lie; needs zero >= 1")
-    offload_parameters: Literal["none", "cpu", "nvme"] = setting("none", "where weights lie; needs zero = 3")
-    nvme_path: str | None = setting(None, "folder on a fast disk, for nvme")
-    hpz: int = setting(1, "with zero = 3: each group of so many ranks holds a second copy of the weights", ge=1)
-    config: str | None = setting(None, "a DeepSpeed JSON file, for what has no key here; merged with the keys above")
-    hang_timeout: float = setting(
-        1800.0, "seconds without progress until every rank writes its stack and ends; 0: never", ge=0
-    )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    every_steps: int | None = setting(None, "save all that a run needs to go on, every so many steps", ge=1)
-    keep: int = setting(2, "how many of them stay", ge=1)
-
-
-@dataclass(frozen=True)
-class Eval:
-    every_steps: int | None = setting(None, "evaluate every so many steps; start and end if not given", ge=1)
-    at_start: bool = setting(True, "evaluate before the first step")
-    best_metric: str | None = setting(
-        None, "keep the model of the best evaluation in best/, e.g. eval_loss or eval_rewards/accuracies"
-    )
-    best: Literal["auto", "lowest", "highest"] = setting(
-        "auto", "what is best; auto: the lowest loss, else the highest"
-    )
-    patience: int | None = setting(None, "stop after so many evaluations that are not better; needs best_metric", ge=1)
-    max_kl: float | None = setting(None, "stop where an evaluation's max_kl_metric is further from 0 than this", gt=0)
-    max_kl_metric: str = setting("kl/chosen", "mean log-ratio of policy and reference that max_kl looks at, in nats")
-
-
-@dataclass(frozen=True)
-class Samples:
-    prompts: tuple[str, ...] = setting((), "prompts that the model answers before and after")
-    from_eval: int = setting(0, "prompts taken from the held-out rows, evenly spread, beside those", ge=0)
-    system: str | None = setting(None, "system turn for them; data.system if not given")
-    max_new_tokens: int = setting(64, "longest answer", ge=1)
-    temperature: float = setting(0.0, "0: greedy", ge=0)
-    gather: bool = setting(
-        True, "with engine.zero = 3: gather the weights on every rank to answer; false: in less memory, slowly"
-    )
-
-
-@dataclass(frozen=True)
-class Rollout:
-    completions: int = setting(8, "completions sampled for each prompt", ge=1)
-    max_new_tokens: int = setting(
-        256, "longest completion in tokens; prompts that leave no room for it are dropped", ge=1
-    )
-    temperature: float = setting(1.0, "of the sampling; log-probs are trained at temperature 1", gt=0)
-    top_p: float = setting(1.0, "sample from the most probable tokens that reach this mass; 1: off", gt=0, le=1)
-    top_k: int = setting(0, "sample from so many most probable tokens; 0: off", ge=0)
-    min_p: float = setting(
-        0.0, "sample from tokens at least so probable as this part of the most probable; 0: off", ge=0, le=1
-    )
-    refresh_every_steps: int = setting(
-        1, "the prompts of so many steps are answered at once, by the policy as it is at the first of them", ge=1
-    )
-    iterations: int = setting(1, "how often these steps are gone through before new completions are sampled", ge=1)
-    pairs_per_prompt: int = setting(1, "pairs: the best against the worst, the second best against ...", ge=1)
-    min_gap: float = setting(0.0, "pairs: the rewards of the two differ by more than this", ge=0)
-    threshold: float | None = setting(
-        None, "labelled: desirable at this reward and above (0 if not given); demonstrations: the best one if it has it"
-    )
-    eval_completions: int | None = setting(
-        None, "completions sampled for each held-out prompt; as many as in training if not given", ge=1
-    )
-    batch_tokens: int = setting(32768, "positions that are sampled at once: prompts and completions, padded", ge=1)
-    keep: int = setting(8, "completions of each step that are written to completions.jsonl", ge=0)
-
-
-@dataclass(frozen=True)
-class Log:
-    every_steps: int = setting(1, "write a line of metrics every so many steps", ge=1)
-    trackers: tuple[str, ...] = setting((), "accelerate's trackers, e.g. tensorboard, wandb (extra trackers)")
-    run_name: str | None = setting(None, "name of the run; the recipe's and the time if not given")
-
-
-@dataclass(frozen=True)
-class Output:
-    dir: str = setting("runs", "runs are made below it; relative to the working directory")
-    merge: bool = setting(False, "under LoRA: save the merged model instead of the adapter")
+__all__ = [
+    "KNOWN", "OPTIONAL", "SECTIONS", "Checkpoint", "Data", "Engine", "Eval", "LoRA", "Log", "LossChoice", "Model",
+    "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout", "Samples", "Source", "Train",
+    "load_recipe", "problems_error", "to_table",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,18 +47,6 @@ class LossChoice:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     path: Key = field(default=("loss",), compare=False)
-
-
-@dataclass(frozen=True)
-class RewardKeys:
-    """What every table of [[rewards]] takes."""
-
-    name: str = setting(REQUIRED, "one of those that `alignzoo rewards` lists")
-    weight: float = setting(1.0, "what its values are multiplied by in the sum; 0: only logged")
-    timeout: float = setting(120.0, "seconds that one call may take; then all its values failed", gt=0)
-    max_failures: float = setting(
-        0.1, "stop the run where more of its values failed, over the last 20 calls; 1: never", ge=0, le=1
-    )
 
 
 @dataclass(frozen=True)
@@ -284,11 +85,6 @@ class Recipe:
         return RecipeError(f"{self.tables.locate(key)}: {what}", why=why, fix=fix)
 
 
-SECTIONS: dict[str, type] = {
-    "model": Model, "reference": Reference, "data": Data, "train": Train, "engine": Engine, "checkpoint": Checkpoint,
-    "eval": Eval, "samples": Samples, "rollout": Rollout, "log": Log, "output": Output,
-}  # fmt: skip
-OPTIONAL = frozenset({"rollout"})  # sections that change what a run does by being there
 KNOWN = (*SECTIONS, "loss", "rewards")
 
 
