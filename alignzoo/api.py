@@ -325,8 +325,8 @@ class Loss(_Configured):
         """What the loss needs of the whole optimizer step, computed once before its first backward.
 
         Pure, and the same on every rank. Returns detached tensors, which arrive as `batch.step[name]`: those of 0
-        dimensions whole, all others with one row per completion (their first size is N; of pairs 2 B, chosen and rejected
-        in turn) and sliced; and the new state.
+        dimensions whole, all others with one row per completion (their first size is N; of pairs 2 B, chosen and
+        rejected in turn) and sliced; and the new state.
         Override it only where it is needed: it costs a forward pass without gradients (see prepare_pass).
         """
         raise NotImplementedError

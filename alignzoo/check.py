@@ -17,7 +17,8 @@ from alignzoo.data.show import marked_example
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import ensure_pad_token
 from alignzoo.data.watch import Watch
-from alignzoo.errors import ModelError
+from alignzoo.errors import ModelError, PluginError
+from alignzoo.mixture import Mixture
 from alignzoo.plugins import LossInfo, Registry, discover, make_loss
 from alignzoo.progress import Say, sayer
 from alignzoo.recipe import Data, Recipe, problems_error
@@ -44,7 +45,7 @@ class Job:
     """A run that is ready to load its weights."""
 
     recipe: Recipe
-    info: LossInfo
+    infos: tuple[LossInfo, ...]  # of each [loss]
     loss: Loss
     rewards: Rewards
     registry: Registry
@@ -57,8 +58,9 @@ class Job:
     pairs: Sequence[Tree] = ()  # the held-out pairs, where the loss eats them in another form
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.loss.settings)
+    def settings(self) -> list[dict[str, Any]]:
+        """Of each [loss]."""
+        return [dataclasses.asdict(loss.settings) for loss in each_loss(self.loss)]
 
 
 def make_job(
@@ -75,9 +77,10 @@ def make_job(
     registry = discover(plugin_files, losses)
     for warning in registry.warnings:
         say(f"WARNING: {warning}")
-    info, loss = find_loss(recipe, registry)
+    infos, loss = find_loss(recipe, registry)
     rewards = make_rewards(recipe, registry, say)
-    say(f"loss: {describe_loss(info, loss)}")
+    for info, one, choice in zip(infos, each_loss(loss), recipe.losses, strict=True):
+        say(f"loss: {describe_loss(info, one)}" + (f", weight {choice.weight:g}" if len(infos) > 1 else ""))
     for line in rewards.describe():
         say(f"reward: {line}")
     if len(rewards) and recipe.rollout is None:
@@ -120,7 +123,7 @@ def make_job(
     pairs = _held_out_pairs(recipe, kind, tokenizer, data, live, say)
     say(describe_steps(recipe, data, steps))
     _warn(recipe, loss, tokenizer, say)
-    return Job(recipe, info, loss, rewards, registry, reference, location, tokenizer, data, steps, live, pairs)
+    return Job(recipe, infos, loss, rewards, registry, reference, location, tokenizer, data, steps, live, pairs)
 
 
 def _in_memory(live: Live) -> Live:
@@ -175,15 +178,31 @@ def _held_out_pairs(recipe: Recipe, kind: str, tokenizer: Any, data: Prepared, l
     return pairs
 
 
-def find_loss(recipe: Recipe, registry: Registry) -> tuple[LossInfo, Loss]:
-    """The recipe's loss with its settings. Raises PluginError where it is not found, RecipeError for its settings."""
-    choice = recipe.losses[0]
-    info = registry.get(choice.name)
+def find_loss(recipe: Recipe, registry: Registry) -> tuple[tuple[LossInfo, ...], Loss]:
+    """The recipe's losses with their settings, several as one Mixture.
+
+    Raises PluginError where one is not found, RecipeError for its settings and for losses that do not go together.
+    """
     problems: list[Problem] = []
-    loss = make_loss(info, choice.settings, problems, choice.path)
-    if loss is None or problems:
+    infos = tuple(registry.get(choice.name) for choice in recipe.losses)
+    made = [
+        make_loss(info, choice.settings, problems, choice.path)
+        for info, choice in zip(infos, recipe.losses, strict=True)
+    ]
+    losses = [loss for loss in made if loss is not None]
+    if problems or len(losses) < len(made):
         raise problems_error(recipe.tables, problems)
-    return info, loss
+    if len(losses) == 1:
+        return infos, losses[0]
+    try:
+        return infos, Mixture(losses, [choice.weight for choice in recipe.losses])
+    except PluginError as error:
+        raise recipe.error(("loss",), error.what, why=error.why, fix=error.fix) from error
+
+
+def each_loss(loss: Loss) -> list[Loss]:
+    """The losses of a mixture, or the one there is."""
+    return [part.loss for part in loss.parts] if isinstance(loss, Mixture) else [loss]
 
 
 def describe_loss(info: LossInfo, loss: Loss) -> str:

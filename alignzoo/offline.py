@@ -104,7 +104,7 @@ def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], consol
 
 def _identity(job: Job, make: str) -> str:
     """Of all that the rows depend on."""
-    table = to_table(job.recipe, [job.settings], job.rewards.settings)
+    table = to_table(job.recipe, job.settings, job.rewards.settings)
     wanted = {name: table.get(name) for name in ("model", "data", "rollout", "rewards")}
     sources = [source.sha256 for source in job.data.report.sources]
     return content_hash(wanted, sources, job.recipe.train.seed, make).hex()

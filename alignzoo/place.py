@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +15,7 @@ from alignzoo.checkpoint import CheckpointReader, latest_checkpoint, open_checkp
 from alignzoo.data.show import rendered_row
 from alignzoo.errors import AlignzooError
 from alignzoo.model import from_anywhere, hash_weights
+from alignzoo.plugins import LossInfo, RewardInfo
 from alignzoo.progress import Say
 from alignzoo.recipe import to_table
 from alignzoo.resume import check_inputs, find_run, make_ready, note_resume, recipe_changes, table_of
@@ -59,14 +60,14 @@ def start_or_resume(
 def _start(job: Job, command: Sequence[str], started: datetime, say: Say, held: ExitStack) -> Path:
     """Recipe, manifest and plugin file, before the weights are loaded."""
     recipe = job.recipe
-    name = recipe.log.run_name or run_name(recipe.name, job.info.name, started)
+    name = recipe.log.run_name or run_name(recipe.name, job.loss.name, started)
     run_dir = RunDir.create(Path(recipe.output.dir), name)
     held.enter_context(run_dir.held())
     say(f"run directory: {run_dir.path}")
     say(f"the first row as text: {rendered_row(job.data.train[0], job.tokenizer)}")
     run_dir.write_recipe(_table(job))
-    if job.info.distribution == "file":
-        run_dir.copy_plugin(Path(job.info.origin))
+    for origin in dict.fromkeys(i.origin for i in (*job.infos, *job.rewards.infos) if i.distribution == "file"):
+        run_dir.copy_plugin(Path(origin))
     run_dir.write_json("manifest.json", _manifest(job, command, started))
     return run_dir.path
 
@@ -102,23 +103,21 @@ def _resume(
 
 def _table(job: Job) -> dict[str, Any]:
     model = dataclasses.replace(job.recipe.model, path=from_anywhere(job.recipe.model.path, job.location))
-    return to_table(dataclasses.replace(job.recipe, model=model), [job.settings], job.rewards.settings)
+    return to_table(dataclasses.replace(job.recipe, model=model), job.settings, job.rewards.settings)
 
 
 def _manifest(job: Job, command: Sequence[str], started: datetime) -> dict[str, Any]:
-    owner: Mapping[str, Any] = {
-        "loss": job.info.name,
-        "distribution": job.info.distribution,
-        "version": job.info.version,
-        "label": job.info.label,
-    }
     return manifest(
         command=command,
         seed=job.recipe.train.seed,
         started=started,
-        plugins=[owner],
+        plugins=[_owner("loss", i) for i in job.infos] + [_owner("reward", i) for i in job.rewards.infos],
         data={f"{s.role}: {s.path}": s.sha256 for s in job.data.report.sources},
         weights={} if job.location is None else hash_weights(job.location),
         recipe_folder=job.recipe.tables.folder,
         live=[name for name, value in vars(job.live).items() if value is not None],
     )
+
+
+def _owner(kind: str, info: LossInfo | RewardInfo) -> dict[str, str]:
+    return {kind: info.name, "distribution": info.distribution, "version": info.version, "label": info.label}

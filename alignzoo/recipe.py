@@ -42,11 +42,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LossChoice:
-    """The [loss] table: its settings are read when the plugin is known."""
+    """The [loss] table, or one of several [[loss]]: its settings are read when the plugin is known."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     path: Key = field(default=("loss",), compare=False)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...
     if isinstance(tables, Raw):
         tables = parse_raw(tables, dict)
     listed = tables if isinstance(tables, list) else [tables]
-    if len(listed) != 1:
-        problems.append(Problem(("loss",), f"{len(listed)} losses: a recipe has one [loss]"))
+    if not listed:
+        problems.append(Problem(("loss",), 'an empty list: add [[loss]] with name = "..."'))
     choices = []
     for i, table in enumerate(listed):
         path: Key = ("loss", i) if isinstance(tables, list) else ("loss",)
@@ -161,7 +162,11 @@ def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...
             problems.append(Problem(path, 'a [loss] section with a "name" is missing; `alignzoo losses` lists them'))
         else:
             name = convert(table["name"], str, (*path, "name"), problems, _Spec(""))
-            choices.append(LossChoice(str(name), {k: v for k, v in table.items() if k != "name"}, path))
+            weight = convert(table.get("weight", 1.0), float, (*path, "weight"), problems, _Spec(""))
+            if "weight" in table and len(listed) == 1:
+                problems.append(Problem((*path, "weight"), "there is one loss: weights are for several [[loss]]"))
+            settings = {k: v for k, v in table.items() if k not in ("name", "weight")}
+            choices.append(LossChoice(str(name), settings, path, weight))
     return tuple(choices)
 
 
@@ -261,10 +266,14 @@ def to_table(
     reward_settings: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The resolved recipe as a table that reads back as the same recipe; None is left out, as TOML has no null."""
-    losses = loss_settings or [c.settings for c in recipe.losses]
-    table: dict[str, Any] = {
-        "loss": {"name": recipe.losses[0].name, **{k: v for k, v in losses[0].items() if v is not None}}
-    }
+    of_losses = loss_settings or [c.settings for c in recipe.losses]
+    losses = [
+        {"name": choice.name, "weight": choice.weight, **{k: v for k, v in settings.items() if v is not None}}
+        for choice, settings in zip(recipe.losses, of_losses, strict=True)
+    ]
+    if len(losses) == 1:
+        del losses[0]["weight"]
+    table: dict[str, Any] = {"loss": losses if len(losses) > 1 else losses[0]}
     for name in SECTIONS:
         if (section := getattr(recipe, name)) is not None:
             table[name] = _plain(section)

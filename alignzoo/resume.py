@@ -111,7 +111,8 @@ def _pattern(recipe: Recipe) -> re.Pattern[str]:
 
 def _stem(recipe: Recipe) -> str:
     """What the default name of a run has before the time."""
-    return run_name(recipe.name, recipe.losses[0].name, datetime(2000, 1, 1)).removesuffix("20000101-000000")
+    losses = "+".join(choice.name for choice in recipe.losses)
+    return run_name(recipe.name, losses, datetime(2000, 1, 1)).removesuffix("20000101-000000")
 
 
 def _is_run(folder: Path) -> bool:
@@ -241,20 +242,21 @@ def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]
 
 def _check_plugins(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], say: Say) -> None:
     for old, new in zip(before, now, strict=True):
+        what = " ".join(f'{kind} "{new[kind]}"' for kind in ("loss", "reward") if kind in new)
         if old["distribution"] != new["distribution"]:
             raise PluginError(
-                f'the loss "{new["loss"]}" came from {_owner(old)}, and now comes from {_owner(new)}',
+                f"the {what} came from {_owner(old)}, and now comes from {_owner(new)}",
                 fix="give the plugin that the run began with, or start a new run",
             )
         if old["distribution"] == "file" and old["version"] != new["version"]:
             raise PluginError(
-                f'the plugin file of the loss "{new["loss"]}" was changed: {old["version"]} -> {new["version"]}',
+                f"the plugin file of the {what} was changed: {old['version']} -> {new['version']}",
                 fix="give the file as it was, there is a copy in plugins/ of the run directory; or start a new run",
             )
         if old["distribution"] == "python":
-            say(f'the loss "{new["loss"]}" is a class from Python: whether it is the same is not checked')
+            say(f"the {what} comes from Python: whether it is the same is not checked")
         elif old["version"] != new["version"]:
-            say(f"WARNING: the plugin of the loss is {_owner(new)}, the run began with {old['version']}")
+            say(f"WARNING: the plugin of the {what} is {_owner(new)}, the run began with {old['version']}")
 
 
 def _owner(plugin: Mapping[str, Any]) -> str:

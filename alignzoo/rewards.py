@@ -79,6 +79,11 @@ class Rewards:
         return [entry.label for entry in self._entries]
 
     @property
+    def infos(self) -> list[RewardInfo]:
+        """Who brought each."""
+        return [entry.info for entry in self._entries]
+
+    @property
     def settings(self) -> list[dict[str, Any]]:
         """The settings of each, as recipe.to_table takes them."""
         return [dataclasses.asdict(entry.reward.settings) for entry in self._entries]

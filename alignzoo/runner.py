@@ -131,7 +131,7 @@ def _engine(
     recipe, say = job.recipe, sayer(console)
     accelerator.project_configuration.set_directories(str(place.run_dir.path))
     if recipe.log.trackers:
-        accelerator.init_trackers("alignzoo", config={"loss": job.info.name, "recipe": recipe.name})
+        accelerator.init_trackers("alignzoo", config={"loss": job.loss.name, "recipe": recipe.name})
     for line in zero_in_words(recipe, accelerator):
         say(line)
 
@@ -152,7 +152,7 @@ def _engine(
     if large:
         say(f"{large} rows have more positions than that: each runs alone, in more memory")
     if job.loss.has_prepare and job.loss.prepare_pass:
-        say(f"{job.info.name} looks at each whole step first: one more forward pass without gradients per step")
+        say(f"{job.loss.name} looks at each whole step first: one more forward pass without gradients per step")
     return engine
 
 
@@ -304,9 +304,9 @@ class Training:
         records = run_dir.read_metrics()
         figures = summary(
             records, eval_rows=len(job.data.eval), eval_pairs=len(job.pairs), train_rows=len(job.data.train),
-            model_path=model_path, seconds=seconds, recipe=self.recipe.name, loss=job.info.name,
+            model_path=model_path, seconds=seconds, recipe=self.recipe.name, loss=job.loss.name,
         )  # fmt: skip
-        title = self.recipe.name if self.recipe.name == job.info.name else f"{self.recipe.name} ({job.info.name})"
+        title = self.recipe.name if self.recipe.name == job.loss.name else f"{self.recipe.name} ({job.loss.name})"
         plot = finish(run_dir, records, samples, figures, title=title)
         if samples:
             self.console.print(samples_table(samples))

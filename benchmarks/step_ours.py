@@ -22,6 +22,7 @@ from alignzoo.plugins import discover, loss_table
 from alignzoo.precompute import Precompute
 from alignzoo.recipe import load_recipe
 from alignzoo.reference import plan_reference
+from alignzoo.rewards import make_rewards
 from alignzoo.sharding import make_accelerator
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _train(
 ) -> Outcome:
     console, lines = Console(quiet=True), list[dict[str, float]]()
     registry = discover((), (PolicyGradient,))
-    info, loss = find_loss(recipe, registry)
+    infos, loss = find_loss(recipe, registry)
     assert loss.data == KINDS[spec["loss"]]
     accelerator = make_accelerator(recipe)
     longest = max(len(t.prompt) + len(c.ids) for t in plan.trees for c in t.branches)
@@ -115,7 +116,10 @@ def _train(
     )  # fmt: skip
     reference = plan_reference(recipe, loss, live_model=True)
     live = Live(model=model, tokenizer=tokenizer)
-    job = Job(recipe, info, loss, registry, reference, None, tokenizer, data, len(plan.steps), live)
+    job = Job(
+        recipe, infos, loss, make_rewards(recipe, registry), registry, reference, None, tokenizer, data,
+        len(plan.steps), live,
+    )  # fmt: skip
     filling = Precompute(job, accelerator, console)
     policy, frozen = load_models(job, accelerator, lambda _: None)
     engine = Engine(recipe, loss, policy, reference, frozen, accelerator, console=console, sink=lines.append)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
+import math
+import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +20,16 @@ from alignzoo_losses.orpo import ORPO
 from alignzoo_losses.sft import SFT
 from conftest import make_trees
 from loss_helpers import make_pairs
+from rich.console import Console
+from runs_helpers import write_recipe
 from torch import Tensor
 
 import alignzoo
 from alignzoo.batch import padded_layout
-from alignzoo.errors import PluginError
+from alignzoo.errors import AlignzooError, PluginError
 from alignzoo.mixture import Mixture
 from alignzoo.objective import Objective, Scored, count_units, make_step, masked_sum
+from alignzoo.recipe import load_recipe
 from alignzoo.tree import Tree
 
 
@@ -123,3 +132,51 @@ def test_each_loss_prepares_and_remembers_for_itself() -> None:
 def test_what_cannot_be_mixed_is_told() -> None:
     with pytest.raises(PluginError, match="dpo eats pairs, kto eats labelled"):
         Mixture([DPO(), KTO()], [1.0, 1.0])
+
+
+# --- recipes of several losses ---------------------------------------------------------------------------------------
+
+
+def several(folder: Path, model: Path, *tables: str) -> Path:
+    file = write_recipe(folder, model, "several", train__max_steps=3, eval__every_steps=3)
+    text = re.sub(r"\[loss\]\nname = \"dpo\"\n", "", file.read_text())
+    file.write_text(text + "\n" + "\n".join(f"[[loss]]\n{table}" for table in tables))
+    return file
+
+
+def test_a_recipe_of_three_losses(tiny_folder: Path, tmp_path: Path) -> None:
+    tables = (
+        'name = "dpo"\nweight = 0.8\nbeta = 0.2\n',
+        'name = "bco"\nweight = 0.2\n',
+        'name = "sft"\nweight = 0.5\n',
+    )
+    file = several(tmp_path, tiny_folder, *tables)
+    found = alignzoo.run(load_recipe(file, ["loss.2.weight=0.25"]), console=Console(file=io.StringIO()))
+    first, last = found.summary["first_eval"], found.summary["eval"]
+    assert first["eval_dpo/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    for record in (first, last):
+        parts = 0.8 * record["eval_dpo/loss"] + 0.2 * record["eval_bco/loss"] + 0.25 * record["eval_sft/loss"]
+        assert record["eval_loss"] == pytest.approx(parts, rel=1e-4)
+    saved = tomllib.loads((found.run_dir / "recipe.toml").read_text())["loss"]
+    assert [(one["name"], one["weight"]) for one in saved] == [("dpo", 0.8), ("bco", 0.2), ("sft", 0.25)]
+    assert saved[0]["beta"] == 0.2
+    again = load_recipe(found.run_dir / "recipe.toml")
+    assert [choice.weight for choice in again.losses] == [0.8, 0.2, 0.25]
+    manifest = json.loads((found.run_dir / "manifest.json").read_text())
+    assert [one["loss"] for one in manifest["plugins"]] == ["dpo", "bco", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        (('name = "dpo"\n', 'name = "kto"\n'), "dpo eats pairs, kto eats labelled"),
+        (('name = "dpo"\n', 'name = "ipo"\nbeta = 1\n'), r"\[loss.1.beta\]"),
+        (('name = "dpo"\nweight = 2.0\n',), "weights are for several"),
+        (('name = "dpo"\n', 'name = "ipo"\nweight = "much"\n'), r"\[loss.1.weight\]"),
+    ],
+)
+def test_mistakes_in_several_losses_have_their_place(
+    tables: tuple[str, ...], words: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AlignzooError, match=words):
+        alignzoo.run(several(tmp_path, tiny_folder, *tables), console=Console(file=io.StringIO()))

@@ -131,7 +131,7 @@ def test_recipes_are_frozen() -> None:
         ('train = "rows.jsonl"', 'train = {path = "rows.jsonl"}', "r.toml:11: [data.train] train = {'path': 'rows"),
         ('name = "dpo"', "", 'r.toml:2: [loss] a [loss] section with a "name" is missing'),
         ('name = "dpo"', "name = 3", "r.toml:3: [loss.name] name = 3: has the wrong type (wanted: a string)"),
-        ("[loss]", "[[loss]]\nname = 'a'\n[[loss]]", "r.toml:2: [loss] 2 losses: a recipe has one [loss]"),
+        ("[loss]", "[[loss]]\nname = 'a'\nweight = 'b'\n[[loss]]", 'r.toml:4: [loss.0.weight] weight = "b": has'),
         ("[model]", "[[model]]", 'r.toml:6: [model] "model" is a section: write [model]'),
         ("# a recipe", "seed = 3", 'r.toml:1: [seed] "seed" stands before any section (did you mean train.seed?)'),
         ("# a recipe", "path = 3", "stands before any section (did you mean model.path or reference.path?)"),

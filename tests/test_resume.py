@@ -322,14 +322,14 @@ def test_a_changed_plugin_file_is_refused_and_another_version_said() -> None:
         check_inputs(inputs(plugins=[file]), inputs(plugins=[{**file, "version": "sha256:bb"}]), print)
     said: list[str] = []
     check_inputs(MADE_FROM, inputs(plugins=[{**PLUGIN, "version": "0.2"}]), said.append)
-    assert said == ["WARNING: the plugin of the loss is alignzoo 0.2, the run began with 0.1"]
+    assert said == ['WARNING: the plugin of the loss "dpo" is alignzoo 0.2, the run began with 0.1']
 
 
 def test_what_cannot_be_compared_is_said() -> None:
     said: list[str] = []
     python = [{**PLUGIN, "distribution": "python", "version": ""}]
     check_inputs(inputs(weights={}, plugins=python), inputs(plugins=python), said.append)
-    assert [("start model" in s, "class from Python" in s) for s in said] == [(True, False), (False, True)]
+    assert [("start model" in s, "comes from Python" in s) for s in said] == [(True, False), (False, True)]
 
 
 def test_other_versions_of_libraries_are_said() -> None:
