@@ -416,9 +416,10 @@ def test_recipes_on_the_pages_load(text: str, tmp_path: Path, monkeypatch: pytes
         path.write_text(text, encoding="utf-8")
         recipe = load_recipe(path)
     else:
-        rewards = {name: table.pop(name) for name in ("rewards",) if name in table}
-        merged = {name: {**SMALL.get(name, {}), **table.get(name, {})} for name in {**SMALL, **table}}
-        recipe = load_recipe(merged | rewards)
+        lists = {name: value for name, value in table.items() if isinstance(value, list)}
+        own = {name: value for name, value in table.items() if name not in lists}
+        merged = {name: {**SMALL.get(name, {}), **own.get(name, {})} for name in {**SMALL, **own}}
+        recipe = load_recipe(merged | lists)
     from alignzoo.check import find_loss
     from alignzoo.rewards import make_rewards
 
