@@ -213,6 +213,67 @@ def export(source: Path, to: Path, merge: bool, dtype: str | None) -> None:
     say(f"model: {write(source, to, merge=merge, dtype=dtype, say=say)}")
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="RECIPE", help="Run this recipe with --losses.")
+@click.option("--losses", metavar="A,B,...", help="The losses that RECIPE is run with.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), metavar="N",
+              help="Runs of each loss: train.seed of RECIPE, and the numbers after it.")  # fmt: skip
+@click.option("--loss-set", "of_loss", multiple=True, metavar="LOSS:KEY=VALUE",
+              help="As --set, for one of the losses. May be repeated.")  # fmt: skip
+@click.option("--baseline", metavar="LOSS", help="What the others are compared with; the first if not given.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the report is written, and with --recipe the runs; comparison, or compare-RECIPE below "
+                   "its output.dir, if not given.")  # fmt: skip
+@_recipe_options
+@click.pass_context
+def compare(
+    context: click.Context,
+    runs: tuple[Path, ...],
+    recipe: Path | None,
+    losses: str | None,
+    output: Path | None,
+    baseline: str | None,
+    seeds: int,
+    of_loss: tuple[str, ...],
+    overrides: tuple[str, ...],
+    plugins: tuple[Path, ...],
+) -> None:
+    """Compare finished RUNs, or run RECIPE with several losses and compare these.
+
+    Writes comparison.html, a page that needs no network, and its numbers and plots. What is finished in DIR is not run
+    again. The exit code is 1 where a run failed.
+    """
+    from alignzoo.comparing import compare_losses, compare_runs
+
+    if runs and not (recipe or losses or seeds > 1 or of_loss or overrides or plugins):
+        compare_runs(runs, output or Path("comparison"), baseline, click.echo)
+        return
+    if runs or recipe is None or not losses:
+        raise click.UsageError("give run directories, with --baseline and --output; or --recipe and --losses")
+    names = [name for word in losses.split(",") if (name := word.strip())]
+    context.exit(
+        compare_losses(
+            recipe, names, output, baseline, click.echo,
+            seeds=seeds, overrides=overrides, of_loss=of_loss, plugins=plugins,
+        )
+    )  # fmt: skip
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), metavar="K",
+              help="How many optimizer steps to make again.")  # fmt: skip
+def reproduce(run: Path, steps: int) -> None:
+    """Make the first steps of RUN again, and compare versions, hashes and numbers with what it recorded.
+
+    RUN is not written to. The exit code is 1 where the numbers differ by more than rounding.
+    """
+    from alignzoo.reproduce import reproduce as again
+
+    again(run, steps, click.echo)
+
+
 @cli.group()
 def cache() -> None:
     """Look at what is kept between runs: prepared data, and log-probs of references."""

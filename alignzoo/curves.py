@@ -6,11 +6,11 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from alignzoo.records import ACCURACIES, KL, PREFIXES, Record, interval, is_eval, number
 from alignzoo.rundir import atomic_write
@@ -64,10 +64,11 @@ _REWARDS = {
     "log_ratios": ("Log-ratios to the reference", "log-ratio (nats)"),
     "mean_logps": ("Log-probs", "log-prob (nats per token)"),
 }
-_STYLE = {
+STYLE = {
     "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
     "legend.fontsize": 7.5, "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.5, "axes.axisbelow": True,
+    "svg.hashsalt": "alignzoo", "pdf.fonttype": 42,
 }  # fmt: skip
 _OPEN: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": "black"}
 _CHANCE: dict[str, Any] = {"color": "#555555", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
@@ -133,12 +134,18 @@ def figure(records: Sequence[Record], title: str = "", eval_rows: int = 0) -> Fi
 
 def draw_curves(records: Sequence[Record], path: Path, title: str, eval_rows: int = 0) -> Path:
     """training_curves.png. With `eval_rows` the held-out accuracy has its Wilson 95 % interval."""
+    return atomic_write(path, rendered(lambda: figure(records, title, eval_rows), "png"))
+
+
+def rendered(draw: Callable[[], Figure], kind: Literal["png", "svg", "pdf"]) -> bytes:
+    """A figure as a file: the same bytes each time, in the same look on every machine."""
     from matplotlib import style
 
     content = io.BytesIO()
-    with style.context(["default", _STYLE]):  # the reader's own matplotlibrc may be made for dark screens
-        figure(records, title, eval_rows).savefig(content, format="png", dpi=150)
-    return atomic_write(path, content.getvalue())
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with style.context(["default", STYLE]):  # the reader's own matplotlibrc may be made for dark screens
+        draw().savefig(content, format=kind, dpi=150, metadata=undated)
+    return content.getvalue()
 
 
 def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record], window: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from alignzoo.api import Loss, LossOutput
 from alignzoo.batch import PADDED, StepRows, Way, blocks_of, count_steps, plan_step, steps_of, windows_of
 from alignzoo.errors import PluginError, RunError
+from alignzoo.evalrows import RowScores
 from alignzoo.logprobs import Scorer, is_mixture_of_experts
 from alignzoo.metrics import Accumulator, memory_gib, record, record_preference
 from alignzoo.micro import BadRows, MicroBatch, Round, Tally, Whole, memory_in_words, rounds_of
@@ -87,6 +88,7 @@ class Engine:
         self.window: Sequence[StepRows] = ()  # the steps whose prompts are answered together, the present one's
         self.way: Way = PADDED  # how trees are laid out, see loading.choose_layout
         self.beat: Callable[[str], None] = lambda _: None  # told what begins, see watchdog.py
+        self.on_rows: Callable[[int, Sequence[Tree], RowScores], None] = lambda *_: None  # gets each evaluation's rows
 
     def use_reference(self, step: Scores, held_out: Scores, pairs: Scores) -> None:
         """The reference's log-probs of training rows, held-out rows and held-out pairs, where they are kept."""
@@ -239,7 +241,7 @@ class Engine:
         return loss, router
 
     def _apply(
-        self, round: Round, metrics: Accumulator, reference: Scores | None, bad: BadRows
+        self, round: Round, metrics: Accumulator, reference: Scores | None, bad: BadRows, seen: RowScores | None = None
     ) -> tuple[LossOutput | None, Mapping[str, Tensor]]:
         """Log-probs of a round, and the loss of this rank's rows in it, recorded; None where it has none."""
         micro = round.mine
@@ -253,6 +255,8 @@ class Engine:
         output = self.objective(batch)
         record(metrics, self.objective.loss.name, batch, output)
         bad.look(micro, scores["logps"], table, output)
+        if seen is not None:
+            seen.look(round.layout, scores["logps"], table)
         return output, scores
 
     def _check_units(self, micro: MicroBatch, output: LossOutput) -> None:
@@ -355,7 +359,7 @@ class Engine:
         if not held_out:
             return {}
         self.bare.eval()
-        started, metrics, bad = time.perf_counter(), Accumulator(), BadRows()
+        started, metrics, bad, seen = time.perf_counter(), Accumulator(), BadRows(), RowScores()
         if self.online is not None:
             held_out = self.online.held_out(held_out, step, metrics)
             if self.held_out_reference is not None:
@@ -363,11 +367,15 @@ class Engine:
         size = self.recipe.train.batch_size
         blocks, pair_blocks = ([[rows[i] for i in b] for b in blocks_of(len(rows), size)] for rows in (held_out, pairs))
         with StepProgress(self.console, len(blocks) + len(pair_blocks), f"evaluating at step {step}") as progress:
-            loss = self._evaluate_loss(blocks, metrics, bad, progress)
+            loss = self._evaluate_loss(blocks, metrics, bad, progress, None if pairs else seen)
             for number, trees in enumerate(pair_blocks, start=len(blocks) + 1):
-                self._evaluate_pairs(trees, metrics)
+                self._evaluate_pairs(trees, metrics, seen)
                 progress.advance(number)
         self._stop_if(bad, f"evaluation at step {step}", step)
+        rows = pairs or (
+            () if self.online is not None else held_out
+        )  # answers that were just made are no rows of others
+        self.on_rows(step, rows, RowScores.merged(of_all_ranks(self.accelerator, seen)))
         line: Record = {"step": step, "epoch": round(epoch, 6), "eval_loss": loss}
         if not blocks:
             del line["eval_loss"]
@@ -378,8 +386,9 @@ class Engine:
         return line
 
     def _evaluate_loss(
-        self, blocks: Sequence[Sequence[Tree]], metrics: Accumulator, bad: BadRows, progress: StepProgress
-    ) -> float:
+        self, blocks: Sequence[Sequence[Tree]], metrics: Accumulator, bad: BadRows, progress: StepProgress,
+        seen: RowScores | None,
+    ) -> float:  # fmt: skip
         """The loss over all blocks: the sum of each term divided by all its units."""
         sums, units = [], []
         for number, trees in enumerate(blocks, start=1):
@@ -387,7 +396,7 @@ class Engine:
             rounds, whole = self._rounds(trees, prepared)
             mine = torch.zeros(len(whole.units), device=self.device, dtype=torch.float64)
             for round in rounds:
-                output, _scores = self._apply(round, metrics, self.held_out_reference, bad)
+                output, _scores = self._apply(round, metrics, self.held_out_reference, bad, seen)
                 if output is not None:
                     mine += torch.stack([masked_sum(t).double() for t in output.terms])
             sums.append(mine)
@@ -398,13 +407,14 @@ class Engine:
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum").cpu()
         return float((total / torch.stack(units).sum(0).clamp(min=1)).sum())
 
-    def _evaluate_pairs(self, trees: Sequence[Tree], metrics: Accumulator) -> None:
+    def _evaluate_pairs(self, trees: Sequence[Tree], metrics: Accumulator, seen: RowScores) -> None:
         """Which side of held-out pairs the policy prefers, for a loss that does not eat pairs itself."""
         for round, _members in self.bare_rounds(trees):
             table = None if self.pair_reference is None else self.pair_reference.score(round)
             scores = self.policy(round.layout)
             if round.mine is not None:
                 record_preference(metrics, pairs_of(Scored(round.mine.trees, round.layout, scores, table)))
+                seen.look(round.layout, scores["logps"], table)
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from alignzoo.errors import AlignzooError
 from alignzoo.ranks import ERRORS, FAILED, PARENT, Rank, Report, Say, by_rank, read_reports
@@ -189,10 +190,12 @@ class Family:
 
     commands: of each process, its command and what its environment has beside this one's
     mark: a file that is made when one has failed, before the others are told to end
+    errors: where their stderr goes, if not to this one's
     """
 
     commands: Sequence[tuple[Sequence[str], dict[str, str]]]
     mark: Path | None = None
+    errors: IO[bytes] | None = None
     asked: int = 0  # the number of the signal that this process got
     _members: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _ended: dict[int, Death] = field(default_factory=dict)
@@ -210,7 +213,9 @@ class Family:
         try:
             with self._handlers():
                 for command, environment in self.commands:
-                    member = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+                    member = subprocess.Popen(
+                        command, env=os.environ | environment, start_new_session=True, stderr=self.errors
+                    )
                     self._members.append(member)
                 while len(self._ended) < len(self._members):
                     self._look()
@@ -309,9 +314,9 @@ def launch_hosts(words: Sequence[str], hostfile: Path, say: Say) -> int:
     return run_forwarding(deepspeed_words(hostfile, words, deepspeed))
 
 
-def run_forwarding(command: Sequence[str]) -> int:
-    """Runs a command, hands signals on once, and returns its exit code."""
-    family = Family([(command, {})])
+def run_forwarding(command: Sequence[str], errors: IO[bytes] | None = None) -> int:
+    """Runs a command, hands signals on once, and returns its exit code. errors: where its stderr goes."""
+    family = Family([(command, {})], errors=errors)
     family.run()
     code = family.deaths[0].exit_code if family.deaths else 0
     return 128 + family.asked if family.asked else 128 - code if code < 0 else code

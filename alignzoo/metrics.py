@@ -14,8 +14,8 @@ from torch import Tensor
 from alignzoo.api import Batch, Labelled, LogProbs, LossOutput, Metric, Pairs
 from alignzoo.errors import PluginError
 from alignzoo.objective import log_probs_of
+from alignzoo.records import TIE
 
-TIE = 1e-3  # what is nearer to 0 than this counts as half right: with policy == reference it is rounding noise
 RESERVED = frozenset({
     "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "memory", "step", "epoch", "units",
     "padding_fraction", "shared_fraction", "router_loss", "seconds", "skipped_steps",

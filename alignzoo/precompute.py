@@ -107,6 +107,7 @@ class Precompute:
     def __init__(self, job: Job, accelerator: Accelerator, console: Console) -> None:
         self.job, self.accelerator, self.console, self.say = job, accelerator, console, sayer(console)
         self.own = job.live.model if job.reference.kind == "cached" and job.recipe.reference.path is None else None
+        self.used: dict[str, Any] = {}  # how much the cache had, for the report
         self.given = fingerprint_of_model(self.own) if self.own is not None and accelerator.is_main_process else None
 
     def run(self, engine: Engine, start: int = 0) -> None:
@@ -174,6 +175,7 @@ class Precompute:
         if store.bad:
             self.say(f"{store.bad} rows of {store.path} were not as they had been written: they are computed again")
         computed = self._compute(store, missing.tolist()) if len(missing) else 0
+        self.used = {"completions": len(wanted.keys), "computed": computed, "seconds": time.monotonic() - began}
         where = f"not kept: {store.off}" if store.off else str(store.folder)
         self.say(
             f"reference log-probs: {len(wanted.keys) - computed} of {len(wanted.keys)} completions from the cache, "

@@ -5,16 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from weakref import WeakKeyDictionary
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Say = Callable[[str], None]
+_SAID: WeakKeyDictionary[Console, list[str]] = WeakKeyDictionary()
 
 
 def sayer(console: Console) -> Say:
-    """Prints a line as it is: no markup, no wrapping, no colours."""
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Prints a line as it is: no markup, no wrapping, no colours. `said` has it afterwards."""
+    lines = said(console)
+
+    def say(text: str) -> None:
+        lines.append(text)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    return say
+
+
+def said(console: Console) -> list[str]:
+    """All that sayers of this console have said so far, for the report. Clear it where a run begins."""
+    return _SAID.setdefault(console, [])
 
 
 _SHOWN = {"loss": "loss", "accuracies": "acc", "margins": "margin", "reward": "reward", "tokens_per_second": "tok/s"}

@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
 PREFIXES = ("rewards", "log_ratios", "mean_logps")  # what stands for a reward, the best first
 ACCURACIES = ("pairs", *PREFIXES)  # where an accuracy may be: held-out pairs before the loss's own data
 KL = re.compile(r"(eval_)?kl(/|$)")
+TIE = 1e-3  # a lead nearer to 0 than this counts as half right: with policy == reference it is rounding noise
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and the model's answers to it."""
+
+    prompt: str
+    before: str
+    after: str
 
 
 def is_eval(record: Record) -> bool:

@@ -12,28 +12,22 @@ import io
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignzoo.curves import draw_curves
-from alignzoo.records import ACCURACIES, KL, PREFIXES, Record, interval, is_eval, number
-from alignzoo.rundir import RunDir, atomic_write, nulled
+from alignzoo.pages import visible
+from alignzoo.readrun import LOG, SAMPLES, read_run
+from alignzoo.records import ACCURACIES, KL, PREFIXES, Record, Sample, interval, is_eval, number
+from alignzoo.rundir import RunDir, atomic_write, nulled, strict_json
+from alignzoo.runpage import run_page
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 LAYOUT = 1  # of the files of a run directory; grows when a reader of an older one would be misled
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt and the model's answers to it."""
-
-    prompt: str
-    before: str
-    after: str
 
 
 def columns(records: Iterable[Record]) -> list[str]:
@@ -97,6 +91,7 @@ def summary(
     training = [record for record in records if not is_eval(record)]
     held_out = [record for record in records if is_eval(record)]
     last: Record = training[-1] if training else {}
+    memory = [value for record in training if (value := number(record.get("memory"))) is not None]
     speeds = [value for record in training if (value := number(record.get("tokens_per_second"))) is not None]
     found: dict[str, Any] = {
         "layout": LAYOUT,
@@ -107,6 +102,7 @@ def summary(
         "seconds": seconds,
         "tokens": last.get("num_tokens"),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "memory": max(memory, default=None),
         "eval_rows": eval_rows,
         "accuracy": _accuracy(held_out, eval_rows, eval_pairs),
         "eval_loss": _change(held_out, "eval_loss"),
@@ -221,27 +217,33 @@ def samples_table(samples: Sequence[Sample]) -> Table:
     for column, ratio in (("prompt", 2), ("before", 3), ("after", 3)):
         table.add_column(column, ratio=ratio, overflow="fold")
     for sample in samples:  # Text, since [brackets] in a str would be read as markup
-        table.add_row(*(Text(_visible(text)) for text in (sample.prompt, sample.before, sample.after)))
+        table.add_row(*(Text(visible(text)) for text in (sample.prompt, sample.before, sample.after)))
     return table
 
 
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text) or "(empty)"
-
-
 def finish(
-    run: RunDir, records: Sequence[Record], samples: Sequence[Sample], summary: Mapping[str, Any], title: str = ""
+    run: RunDir,
+    records: Sequence[Record],
+    samples: Sequence[Sample],
+    summary: Mapping[str, Any],
+    title: str = "",
+    said: Sequence[str] = (),
 ) -> Path:
     """Writes all files of the end of a run, each whole or not at all; returns the path of the plot.
 
+    said: what the run has said, a line each
     Figures of `summary` that are no finite numbers are written as null and listed in its "non_finite".
     """
     write_csv(records, run.path / "training_metrics.csv")
     run.write_json("log_history.json", log_history(records, number(summary.get("seconds"))))
     if samples:
         run.write_text("samples.md", samples_markdown(samples))
+        run.write_text(SAMPLES, "".join(strict_json(asdict(one), SAMPLES) + "\n" for one in samples))
+    run.write_text(LOG, "".join(f"{line}\n" for line in said))
     plot, rows = run.path / "training_curves.png", int(summary.get("accuracy", {}).get("rows", 0))
     draw_curves(records, plot, title or run.path.name, rows)
-    finite, lost = nulled(summary)  # last: a run with a summary is a finished one
-    run.write_json("summary.json", {**finite, "non_finite": lost} if lost else finite)
+    finite, lost = nulled(summary)
+    figures = {**finite, "non_finite": lost} if lost else finite
+    run.write_text("report.html", run_page(read_run(run.path, figures), title or run.path.name, _figures(figures)))
+    run.write_json("summary.json", figures)  # last: a run with a summary is a finished one
     return plot

@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignzoo.errors import AlignzooError, DataError, ModelError, PluginError, RecipeError
-from alignzoo.progress import Say
 from alignzoo.recipe import Recipe, load_recipe, to_table
 from alignzoo.rundir import METRICS, RunDir, run_name
 from alignzoo.schema import show
+
+if TYPE_CHECKING:
+    from alignzoo.progress import Say
 
 FREE = ("engine", "checkpoint", "eval", "samples", "log", "output")  # sections that do not change what is learned
 _NO_TOTAL = ("constant",)  # schedules that do not depend on the number of steps
@@ -145,7 +147,7 @@ def recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Ch
     Free are the sections FREE, and more train.epochs or train.max_steps where the schedule does not depend on them.
     Raises RecipeError that lists every other difference.
     """
-    changes = list(_differences(before, now))
+    changes = list(differences(before, now))
     fixed = [c for c in changes if c.key.split(".")[0] not in FREE]
     if _is_longer(before, now) and _keeps_its_rate(now):
         fixed = [c for c in fixed if c.key not in _LENGTH]
@@ -161,18 +163,20 @@ def recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Ch
     raise RecipeError("\n".join(["the recipe is not the one that the run began with:", *lines]), why=why, fix=NEW_RUN)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    flat_before, flat_now = dict(_flat(before)), dict(_flat(now))
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
+    """The keys of two resolved tables whose values differ."""
+    flat_before, flat_now = dict(flat(before)), dict(flat(now))
     for key in dict.fromkeys([*flat_before, *flat_now]):
         change = Change(key, flat_before.get(key, ABSENT), flat_now.get(key, ABSENT))
         if _comparable(change.before) != _comparable(change.now):
             yield change
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested tables by its dotted name."""
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -211,7 +215,7 @@ def check_inputs(before: Mapping[str, Any], now: Mapping[str, Any], say: Say) ->
     Raises DataError, ModelError or PluginError that names the source, the file of weights or the plugin file that
     changed: the run would not go on but become another one.
     """
-    changed = list(_changed(before["data"], now["data"]))
+    changed = list(changed_names(before["data"], now["data"]))
     if changed:
         raise DataError(
             "the data is not what the run began with: " + ", ".join(changed),
@@ -221,7 +225,7 @@ def check_inputs(before: Mapping[str, Any], now: Mapping[str, Any], say: Say) ->
     if not before["weights"] or not now["weights"]:
         say("the hashes of the start model are not known: whether it is the same is not checked")
     else:
-        changed = list(_changed(before["weights"], now["weights"]))
+        changed = list(changed_names(before["weights"], now["weights"]))
         if changed:
             raise ModelError(
                 "the start model is not what the run began with: " + ", ".join(changed),
@@ -229,11 +233,11 @@ def check_inputs(before: Mapping[str, Any], now: Mapping[str, Any], say: Say) ->
                 fix="put the model back, or start a new run",
             )
     _check_plugins(before["plugins"], now["plugins"], say)
-    for line in _other_versions(before, now):
+    for line in other_versions(before, now):
         say(line)
 
 
-def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+def changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     """The names whose hash differs, and how."""
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):
@@ -263,7 +267,8 @@ def _owner(plugin: Mapping[str, Any]) -> str:
     return f"{plugin['distribution']} {plugin['version']}".strip()
 
 
-def _other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A warning where two manifests name other versions of libraries."""
     old = {"alignzoo": before["alignzoo"], "python": before["python"], **before["versions"]}
     new = {"alignzoo": now["alignzoo"], "python": now["python"], **now["versions"]}
     other = [

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,26 +17,29 @@ import transformers
 from rich.console import Console
 
 from alignzoo.api import Loss
-from alignzoo.check import Job, Live, make_job
+from alignzoo.check import Job, Live, each_loss, make_job
 from alignzoo.checkpoint import CheckpointReader, prune
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import prompt_ids
 from alignzoo.data.watch import Watch
 from alignzoo.engine import Engine, Record
 from alignzoo.errors import AlignzooError
+from alignzoo.evalrows import RowScores, write_eval_rows
 from alignzoo.loading import check_head, choose_layout, load_models
 from alignzoo.logprobs import Scorer
 from alignzoo.model import from_anywhere, load_model, locate, save_model
 from alignzoo.place import Place, start_or_resume
 from alignzoo.precompute import Precompute
-from alignzoo.progress import sayer
+from alignzoo.progress import said, sayer
 from alignzoo.recipe import Recipe, load_recipe
-from alignzoo.report import Sample, figures_table, finish, samples_table, summary
+from alignzoo.records import Sample
+from alignzoo.report import figures_table, finish, samples_table, summary
 from alignzoo.rollout import Rollouts
 from alignzoo.samples import answer, stop_tokens
 from alignzoo.sharding import end_trackers, leave, make_accelerator, of_all_ranks, same_everywhere, zero_in_words
 from alignzoo.snapshot import full_state, restore, save_snapshot
 from alignzoo.stopping import Interrupted, Signals, Stopping
+from alignzoo.tree import Tree
 from alignzoo.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -53,6 +56,10 @@ class Result:
     summary: dict[str, Any]
 
 
+class Enough(AlignzooError):
+    """A run was asked to stop after some steps, and did."""
+
+
 def run(
     recipe: Recipe | str | Path,
     model: Any = None,
@@ -65,12 +72,14 @@ def run(
     console: Console | None = None,
     command: Sequence[str] = (),
     resume: Path | bool = False,
+    stop_after: int | None = None,
 ) -> Result:
     """Runs a recipe. Live objects take the place of what it names; `losses` are classes that need not be installed.
 
     model, tokenizer: a transformers causal language model, trained in place, and its tokenizer
     train, eval: lists of rows (dictionaries), or a datasets.Dataset
     resume: go on with an interrupted run: its directory, a checkpoint in it, or True for the newest of this recipe
+    stop_after: raise Enough after so many steps: the schedule is that of the whole run, and no model is saved
     Raises AlignzooError, with everything that can be checked without the weights checked before they are loaded.
     """
     started = datetime.now().astimezone()
@@ -79,6 +88,7 @@ def run(
     first = accelerator.is_main_process
     console = (console or Console()) if first else Console(quiet=True)
     say = sayer(console)
+    said(console).clear()  # of the recipe before, in a chain
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
     given, watch = Live(model, tokenizer, train, eval), Watch(say, console)
@@ -91,7 +101,7 @@ def run(
         engine = _engine(job, policy, frozen, accelerator, place, console)
         engine.beat = dog.beat
         reference.run(engine, place.reader.step if place.reader is not None else 0)
-        result = Training(job, engine, place, console, dog).run()
+        result = Training(job, engine, place, console, dog, reference.used, stop_after).run()
         accelerator.wait_for_everyone()
     engine.holder.close()
     return result
@@ -139,7 +149,12 @@ def _engine(
         if accelerator.is_main_process:
             place.run_dir.append_metrics(line)
 
+    def keep(step: int, trees: Sequence[Tree], scores: RowScores) -> None:
+        if accelerator.is_main_process:
+            write_eval_rows(place.run_dir.path, step, trees, scores)
+
     engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=sink)
+    engine.on_rows = keep
     check_head(job, engine)
     say(choose_layout(recipe, engine, job.data.train[0], recipe.data.max_length))
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
@@ -170,7 +185,12 @@ class Training:
     Its methods are called on all ranks; only the first one writes.
     """
 
-    def __init__(self, job: Job, engine: Engine, place: Place, console: Console, dog: Watchdog) -> None:
+    def __init__(
+        self, job: Job, engine: Engine, place: Place, console: Console, dog: Watchdog, cached: Mapping[str, Any],
+        stop_after: int | None = None,
+    ) -> None:  # fmt: skip
+        """cached: what came out of the reference's cache, for the report."""
+        self.cached, self.stop_after = cached, stop_after
         self.job, self.engine, self.place, self.console, self.dog = job, engine, place, console, dog
         self.recipe, self.say, self.first = job.recipe, sayer(console), engine.rank == 0
         self.run_dir, self.checkpoints = place.run_dir, place.run_dir.path / "checkpoints"
@@ -213,6 +233,8 @@ class Training:
 
     def _on_step(self, step: int, found: Record) -> bool:
         """Keeps the best model, writes a checkpoint where one is due, and tells whether the run ends here."""
+        if step == self.stop_after:
+            raise Enough(f"stopped after step {step}", on_all_ranks=True)
         if self.stopping.look(found):
             self._keep_best(step)
         reason = self.stopping.reason(found)
@@ -302,16 +324,19 @@ class Training:
     def _report(self, samples: Sequence[Sample], model_path: Path, seconds: float, whole: float) -> Result:
         job, run_dir = self.job, self.run_dir
         records = run_dir.read_metrics()
+        papers = [one.paper for one in each_loss(job.loss) if one.paper]
         figures = summary(
             records, eval_rows=len(job.data.eval), eval_pairs=len(job.pairs), train_rows=len(job.data.train),
             model_path=model_path, seconds=seconds, recipe=self.recipe.name, loss=job.loss.name,
+            paper="; ".join(papers), reference=job.reference.words, reference_cache=self.cached,
         )  # fmt: skip
         title = self.recipe.name if self.recipe.name == job.loss.name else f"{self.recipe.name} ({job.loss.name})"
-        plot = finish(run_dir, records, samples, figures, title=title)
+        plot = finish(run_dir, records, samples, figures, title, said(self.console))
         if samples:
             self.console.print(samples_table(samples))
         self.console.print(figures_table(figures))
-        self.say(f"model: {model_path}\nplot:  {plot}\nall in {run_dir.path}, {whole:.0f} s after loading")
+        self.say(f"model: {model_path}\nplot:  {plot}\nreport: {run_dir.path / 'report.html'}")
+        self.say(f"all in {run_dir.path}, {whole:.0f} s after loading")
         metrics = {k: v for r in records[-2:] for k, v in r.items() if isinstance(v, int | float)}
         return Result(metrics, run_dir.path, model_path, figures)
 

@@ -22,6 +22,7 @@ from conftest import REPO
 from safetensors.torch import load_file
 
 from alignzoo.errors import AlignzooError
+from alignzoo.evalrows import read_eval_rows
 from alignzoo.rundir import RunDir
 
 OF_THE_MACHINE = ("tokens_per_second", "memory", "eval_runtime")
@@ -256,7 +257,13 @@ def assert_the_same_run(found: Path, straight: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-    assert (found / "samples.md").read_text() == (straight / "samples.md").read_text()
+    for name in {"samples.md", "samples.jsonl"} & files_of(straight):
+        assert (found / name).read_text() == (straight / name).read_text()
+    rows, wanted = read_eval_rows(found), read_eval_rows(straight)
+    assert (rows is None) == (wanted is None)
+    if rows is not None and wanted is not None:  # but for the places, where the data lies elsewhere
+        assert rows.names == wanted.names and rows.policy.keys() == wanted.policy.keys()
+        assert all((rows.policy[step] == table).all() for step, table in wanted.policy.items())
     left = {name for name in files_of(found) if not name.startswith("checkpoints/step-")}
     assert left == {name for name in files_of(straight) if not name.startswith("checkpoints/step-")}
 

@@ -393,7 +393,7 @@ def words(drawing) -> list:
 def test_no_words_of_the_plot_overlap_or_leave_it(records):
     from matplotlib import style
 
-    with style.context(["default", curves._STYLE]):
+    with style.context(["default", curves.STYLE]):
         drawing = figure(records, "a title", eval_rows=60)
         drawing.canvas.draw()
         boxes = [(text.get_text(), text.get_window_extent(drawing.canvas.get_renderer())) for text in words(drawing)]
@@ -463,7 +463,7 @@ def test_finish_writes_every_file(tmp_path):
     assert plot == run.path / "training_curves.png" and plot.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in run.path.iterdir()} == {
         "metrics.jsonl", "training_metrics.csv", "log_history.json", "summary.json", "samples.md",
-        "training_curves.png",
+        "training_curves.png", "samples.jsonl", "report.html", "log.txt",
     }  # fmt: skip
     assert json.loads((run.path / "summary.json").read_text()) == {**figures, "odd": None, "non_finite": ["odd"]}
     assert json.loads((run.path / "log_history.json").read_text()) == log_history(records, 9.0)

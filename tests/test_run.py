@@ -23,8 +23,11 @@ from alignzoo.recipe import load_recipe
 from alignzoo.runner import run_chain
 
 IPO2 = REPO / "tests/fixtures_plugins/alignzoo_ipo2.py"
-EARLY = {"recipe.toml", "manifest.json", "metrics.jsonl"}
-LATE = {"training_metrics.csv", "log_history.json", "summary.json", "training_curves.png", "samples.md", "model"}
+EARLY = {"recipe.toml", "manifest.json", "metrics.jsonl", "eval_rows.json"}
+LATE = {
+    "training_metrics.csv", "log_history.json", "summary.json", "training_curves.png", "samples.md", "samples.jsonl",
+    "report.html", "log.txt", "model",
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
@@ -37,6 +38,7 @@ from runs_helpers import (
 )
 
 import alignzoo
+from alignzoo.evalrows import read_eval_rows
 from alignzoo.recipe import load_recipe
 from alignzoo.runner import run_chain
 
@@ -105,6 +107,10 @@ def test_two_processes_leave_what_one_leaves(name: str, trained: Trained) -> Non
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - {"padding_fraction"}:  # depends on how a step is cut
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4), (ours["step"], key)
+    rows = [read_eval_rows(path) for path in (two, one)]
+    assert rows[0] is not None and rows[1] is not None and rows[0].names == rows[1].names
+    for step, table in rows[1].policy.items():
+        assert np.allclose(rows[0].policy[step], table, atol=1e-3)
     assert distance(two / "model", one / "model") < 1e-5
 
 
