@@ -22,12 +22,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CONTRACT", "KINDS", "TOKEN_STATS", "Batch", "Demonstrations", "Groups", "Labelled", "LogProbs", "Loss",
-    "LossOutput", "Metric", "NoSettings", "Pairs", "Reward", "SequenceStats", "Step", "Term", "metric", "setting",
+    "CONTRACT", "INVARIANCES", "KINDS", "TOKEN_STATS", "Batch", "Demonstrations", "Groups", "Labelled", "LogProbs",
+    "Loss", "LossOutput", "Metric", "NoSettings", "Pairs", "Reward", "SequenceStats", "Step", "Term", "metric",
+    "setting",
 ]  # fmt: skip
 
 CONTRACT = 1
 TOKEN_STATS = frozenset({"entropy", "log_sum_sq_probs", "is_top1"})
+INVARIANCES = {  # what a loss may declare of itself, and what the conformance kit tests then
+    "prompt_length": "longer prompts change nothing",
+    "shift": "the same constant added to every log-prob of policy and reference changes nothing",
+    "token_order": "the order of the tokens within a completion changes nothing",
+    "reward_shift": "groups: a constant added to all rewards changes nothing",
+    "reward_scale": "groups: all rewards times a positive constant change nothing",
+    "forgets": "the other direction: what the loss is given becomes less likely",
+}
 Reduce = Literal["sum", "mean"]
 
 
@@ -286,7 +295,7 @@ class Loss(_Configured):
       paper            a citation or address; "" if there is none
       family           the group in `alignzoo losses`
       contract         the version of this contract that the class was written for
-      invariances      names of properties that the conformance kit may test
+      invariances      names out of INVARIANCES, which the conformance kit tests
       token_stats      subset of {"entropy", "log_sum_sq_probs", "is_top1"}: fields of LogProbs to be computed
       needs_mismatched True: `prepare` also gets, for each row, the completion of another prompt; or a property
       prepare_pass     False: `prepare` reads no log-probs, and the no-grad pass is saved; or a property

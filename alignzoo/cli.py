@@ -331,6 +331,54 @@ def losses(as_json: bool, plugins: tuple[Path, ...]) -> None:
 
 
 @cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--all", "every", is_flag=True, help="All losses that are installed.")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A Python file with a loss plugin that is not installed. Without NAME: all of its losses.",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A Python file with reference(batch, settings), which gives the values that the loss should have.",
+)
+@click.option("--fixtures", type=click.Path(path_type=Path), metavar="FILE", help="A JSON file of rows and results.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def conform(
+    context: click.Context,
+    names: tuple[str, ...],
+    every: bool,
+    plugins: tuple[Path, ...],
+    reference: Path | None,
+    fixtures: Path | None,
+    as_json: bool,
+) -> None:
+    """Check that losses keep the contract: gradients, masks, micro-batches, declarations, settings.
+
+    Prints what holds, what fails, and the smallest case that shows it. The exit code is 1 where something fails.
+    """
+    from rich.console import Console
+
+    from alignzoo.plugins import discover
+    from alignzoo.testing.command import conform as check
+
+    results = check(discover(plugins), names, every, reference, fixtures)
+    if as_json:
+        click.echo(json.dumps([result.to_json() for result in results], indent=2))
+    else:
+        from alignzoo.testing.show import print_results
+
+        print_results(results, Console())
+    context.exit(1 if any(result.verdict.state == "fails" for result in results) else 0)
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="A Python file with a reward plugin that is not installed. May be repeated.")  # fmt: skip

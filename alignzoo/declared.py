@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from alignzoo import schema
-from alignzoo.api import CONTRACT, KINDS, TOKEN_STATS, Loss
+from alignzoo.api import CONTRACT, INVARIANCES, KINDS, TOKEN_STATS, Loss
 from alignzoo.errors import PluginError
 
 DECLARED = ("name", "data", "Settings", "needs_reference")
@@ -37,7 +37,7 @@ _RULES: dict[str, _Rule] = {
     "needs_reference": _BY_SETTINGS,
     "contract": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
     "token_stats": (lambda v: _is_names(v, TOKEN_STATS), "a set out of " + ", ".join(sorted(TOKEN_STATS))),
-    "invariances": (_is_names, "a set of strings"),
+    "invariances": (lambda v: _is_names(v, frozenset(INVARIANCES)), "a set out of " + ", ".join(INVARIANCES)),
     "needs_mismatched": _BY_SETTINGS,
     "prepare_pass": _BY_SETTINGS,
     "paper": (lambda v: isinstance(v, str), "a string"),
@@ -72,10 +72,17 @@ def check_loss_class(cls: type[Loss]) -> None:
 def _attribute_faults(cls: type[Loss], missing: Sequence[str]) -> list[str]:
     values = {name: inspect.getattr_static(cls, name) for name in _RULES if name not in missing}
     return [
-        f"{name} = {schema.show(value)} (wanted: {_RULES[name][1]})"
+        f"{name} = {schema.show(value)} (wanted: {_RULES[name][1]}){_meant(name, value)}"
         for name, value in values.items()
         if not _RULES[name][0](value)
     ]
+
+
+def _meant(name: str, value: Any) -> str:
+    """What a misspelt name of a property is taken for."""
+    if name != "invariances" or not _is_names(value):
+        return ""
+    return "".join(schema.nearest(word, INVARIANCES) for word in sorted(value - INVARIANCES.keys()))
 
 
 def settings_faults(settings: Any, reserved: Sequence[str], table: str) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from alignzoo import schema
+from alignzoo.api import INVARIANCES
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.data.lint_rules import RULES
@@ -222,9 +223,51 @@ def verified_row(record: Mapping[str, Any]) -> Sequence[str]:
     return record["configuration"], record["hardware"], versions, record["date"], *numbers
 
 
+# --- conformance.md
+
+
+def checks() -> list[str]:
+    """The checks of `alignzoo conform`."""
+    from alignzoo.testing import CHECKS
+
+    return table(
+        ("check", "what holds", "usual cause of a failure"), [(code(c.name), c.holds, c.cause) for c in CHECKS.values()]
+    )
+
+
+def draws() -> list[str]:
+    """The log-probs that a loss is tried on."""
+    from alignzoo.testing.rows import ABOUT
+
+    return table(("draw", "log-probs"), [(code(name), words) for name, words in ABOUT.items()])
+
+
+def invariances() -> list[str]:
+    """What a loss may declare in `invariances`."""
+    return table(("name", "meaning"), [(code(name), words) for name, words in INVARIANCES.items()])
+
+
+def mutants() -> list[str]:
+    """The counts of benchmarks/mutants.py, a row for each loss; then the mutants that no test could tell apart."""
+    records = json.loads((DOCS / "mutants.json").read_text(encoding="utf-8"))
+    rows = [mutant_row(name, record) for name, record in records.items()]
+    lines = [*table(("loss", "mutants", "by conform", "by the oracle", "equivalent", "survive", "killed"), rows), ""]
+    for name, record in records.items():
+        lines += [f"- {name}, `{what}`. Equivalent: {why}." for what, why in record["equivalent"].items()]
+        lines += [f"- {name}, `{what}`. Survives." for what in record["survivors"]]
+    return lines
+
+
+def mutant_row(name: str, record: Mapping[str, Any]) -> Sequence[str]:
+    killed, equivalent = record["conform"] + record["oracle"], len(record["equivalent"])
+    counts = (record["mutants"], record["conform"], record["oracle"], equivalent, len(record["survivors"]))
+    return name, *map(str, counts), f"{100 * killed / (record['mutants'] - equivalent):.0f} %"
+
+
 PARTS: dict[str, Callable[[], list[str]]] = {
     "sections": sections, "losses": losses, "commands": commands, "formats": formats, "reasons": reasons,
-    "layouts": layouts, "verified": verified, "rewards": rewards, "lint-rules": lint_rules,
+    "layouts": layouts, "verified": verified, "rewards": rewards, "lint-rules": lint_rules, "checks": checks,
+    "draws": draws, "invariances": invariances, "mutants": mutants,
     "example": partial(example, "alignzoo_ipo2.py"), "reward-example": partial(example, "alignzoo_brevity.py"),
 }  # fmt: skip
 

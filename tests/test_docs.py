@@ -299,8 +299,9 @@ def test_every_metric_that_a_run_writes_is_documented() -> None:
 def test_every_module_has_its_line() -> None:
     text = page("architecture.md")
     named = re.findall(r"^\| `([\w/.]+)` \|", text, flags=re.MULTILINE)
-    top = {path.name for path in (REPO / "alignzoo").glob("*.py")} | {"data/"}
-    assert sorted(named) == sorted([*top, *(path.name for path in (REPO / "alignzoo/data").glob("*.py"))])
+    top = {path.name for path in (REPO / "alignzoo").glob("*.py")} | {"data/", "testing/"}
+    inner = [path.name for folder in ("data", "testing") for path in (REPO / "alignzoo" / folder).glob("*.py")]
+    assert sorted(named) == sorted([*top, *inner])
 
 
 def test_every_format_is_documented() -> None:

@@ -29,6 +29,7 @@ class FDPOJensenShannon(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Wang et al. 2023, arXiv:2309.16240, theorem 1"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid  # here, so that `alignzoo --help` stays fast

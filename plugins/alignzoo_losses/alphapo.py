@@ -36,6 +36,7 @@ class AlphaPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Gupta et al. 2025, arXiv:2501.03884"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

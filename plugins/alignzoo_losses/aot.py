@@ -38,6 +38,7 @@ class AOT(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Melnyk et al. 2024, arXiv:2406.05882"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def prepare(self, step: alignzoo.Step, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`partner` (2B,): for each pair what its u is compared with, and what its v is."""

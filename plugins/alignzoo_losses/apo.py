@@ -28,6 +28,7 @@ class APO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "D'Oosterlinck et al. 2024, arXiv:2408.06266, equations 7 and 8"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         beta = self.settings.beta

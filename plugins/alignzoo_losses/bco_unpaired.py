@@ -26,6 +26,7 @@ class UnpairedBCO(alignzoo.Loss):
     Settings = Settings
     family = "unpaired"
     paper = "Jung et al. 2024, arXiv:2404.04656, section 4"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     @property
     def prepare_pass(self) -> bool:

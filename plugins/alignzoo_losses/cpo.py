@@ -27,6 +27,7 @@ class CPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Xu et al. 2024, arXiv:2401.08417"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

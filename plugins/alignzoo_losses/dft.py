@@ -19,6 +19,7 @@ class DFT(alignzoo.Loss):
     Settings = alignzoo.NoSettings
     family = "supervised"
     paper = "Wu et al. 2025, arXiv:2508.05629"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Demonstrations) -> alignzoo.LossOutput:
         policy, mask = batch.completion.policy, batch.completion.mask  # (B, T), (B, T)

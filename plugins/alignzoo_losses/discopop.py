@@ -26,6 +26,7 @@ class DiscoPOP(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Lu et al. 2024, arXiv:2406.08414, equation 5"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

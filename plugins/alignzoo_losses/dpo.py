@@ -36,6 +36,7 @@ class DPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Rafailov et al. 2023, arXiv:2305.18290, equation 7"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     @property
     def needs_reference(self) -> bool:

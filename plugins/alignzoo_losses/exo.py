@@ -26,6 +26,7 @@ class EXO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Ji et al. 2024, arXiv:2402.00856, equation 16"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         import math

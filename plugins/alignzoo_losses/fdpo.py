@@ -39,6 +39,7 @@ class FDPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Wang et al. 2023, arXiv:2309.16240"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

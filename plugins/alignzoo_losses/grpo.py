@@ -80,6 +80,7 @@ class GRPO(alignzoo.Loss):
     Settings = Settings
     family = "policy gradient"
     paper = "Shao et al. 2024, arXiv:2402.03300, equations 3 and 4"
+    invariances = frozenset({"prompt_length", "reward_shift", "token_order"})
     token_stats = frozenset({"entropy"})  # an exponential per logit, beside H multiplications for it
     prepare_pass = False
 

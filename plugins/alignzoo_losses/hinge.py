@@ -28,6 +28,7 @@ class Hinge(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Liu et al. 2023, arXiv:2309.06657, hinge-norm"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         chosen = self.settings.beta * batch.chosen.log_ratio()  # (B,)

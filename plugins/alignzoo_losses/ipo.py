@@ -35,6 +35,7 @@ class IPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Azar et al. 2023, arXiv:2310.12036, equation 17"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         tau, reduction = self.settings.tau, self.settings.reduction

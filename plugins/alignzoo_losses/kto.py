@@ -41,6 +41,7 @@ class KTO(alignzoo.Loss):
     Settings = Settings
     family = "unpaired"
     paper = "Ethayarajh et al. 2024, arXiv:2402.01306, equations 7 and 8"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     @property
     def needs_mismatched(self) -> bool:

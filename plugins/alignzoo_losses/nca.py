@@ -25,6 +25,7 @@ class NCA(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Chen et al. 2024, arXiv:2402.05369, section 4.1"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

@@ -37,6 +37,7 @@ class ORPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Hong et al. 2024, arXiv:2403.07691, equations 6 and 7"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

@@ -26,6 +26,7 @@ class Robust(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Chowdhury et al. 2024, arXiv:2403.00409, section 3.1"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

@@ -29,6 +29,7 @@ class RPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Pang et al. 2024, arXiv:2404.19733, equation 1"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

@@ -16,6 +16,7 @@ class SFT(alignzoo.Loss):
     Settings = alignzoo.NoSettings
     family = "supervised"
     paper = "Ouyang et al. 2022, arXiv:2203.02155, section 3.5"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Demonstrations) -> alignzoo.LossOutput:
         return alignzoo.LossOutput(-batch.completion.policy, per="token", mask=batch.completion.mask)

@@ -25,6 +25,7 @@ class SimPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Meng et al. 2024, arXiv:2405.14734, equation 6"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         from torch.nn.functional import logsigmoid

@@ -28,6 +28,7 @@ class SLiC(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Zhao et al. 2023, arXiv:2305.10425, section 2"
+    invariances = frozenset({"prompt_length", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         chosen, rejected = batch.chosen.sum(), batch.rejected.sum()  # (B,), (B,)

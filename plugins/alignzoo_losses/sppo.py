@@ -28,6 +28,7 @@ class SPPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Wu et al. 2024, arXiv:2405.00675, equation 4.7"
+    invariances = frozenset({"prompt_length", "shift", "token_order"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
         beta = self.settings.beta

@@ -32,6 +32,7 @@ class WPO(alignzoo.Loss):
     Settings = Settings
     family = "preference"
     paper = "Zhou et al. 2024, arXiv:2406.11827, equation 2"
+    invariances = frozenset({"prompt_length", "token_order"})
     token_stats = frozenset({"log_sum_sq_probs"})
 
     def __call__(self, batch: alignzoo.Pairs) -> alignzoo.LossOutput:
