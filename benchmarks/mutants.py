@@ -101,7 +101,7 @@ def _places(tree: ast.Module) -> list[Any]:
             ]
     hidden = {id(p) for n in _of_type(tree, ast.AnnAssign) for p in ast.walk(n.annotation)}
     unread = [n for n in _of_type(tree, ast.keyword) if n.arg in _UNREAD]
-    hidden |= {id(p) for n in (*unread, *_of_type(tree, ast.Assert)) for p in ast.walk(n)}
+    hidden |= {id(p) for n in (*unread, *_of_type(tree, ast.Assert | ast.Raise)) for p in ast.walk(n)}
     unique = {id(node): node for node in found if id(node) not in hidden}
     return list(unique.values())
 
