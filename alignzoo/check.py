@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from alignzoo.adapt import as_tables, check_moving, moving_settings, split
 from alignzoo.api import Loss
 from alignzoo.batch import count_steps
 from alignzoo.data.dataset import Prepared, held_out, prepare
@@ -59,8 +60,9 @@ class Job:
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """Of each [loss]."""
-        return [dataclasses.asdict(loss.settings) for loss in each_loss(self.loss)]
+        """Of each [loss], as a recipe has them: of one that moves, how it does."""
+        own = [dataclasses.asdict(loss.settings) for loss in each_loss(self.loss)]
+        return [own[0] | as_tables(moving_settings(self.recipe, self.loss)), *own[1:]]
 
 
 def make_job(
@@ -81,6 +83,8 @@ def make_job(
     rewards = make_rewards(recipe, registry, say)
     for info, one, choice in zip(infos, each_loss(loss), recipe.losses, strict=True):
         say(f"loss: {describe_loss(info, one)}" + (f", weight {choice.weight:g}" if len(infos) > 1 else ""))
+    for name, how in moving_settings(recipe, loss).items():
+        say(f"loss.{name} moves: {how}")
     for line in rewards.describe():
         say(f"reward: {line}")
     if len(rewards) and recipe.rollout is None:
@@ -185,10 +189,14 @@ def find_loss(recipe: Recipe, registry: Registry) -> tuple[tuple[LossInfo, ...],
     """
     problems: list[Problem] = []
     infos = tuple(registry.get(choice.name) for choice in recipe.losses)
-    made = [
-        make_loss(info, choice.settings, problems, choice.path)
-        for info, choice in zip(infos, recipe.losses, strict=True)
-    ]
+    made = []
+    for info, choice in zip(infos, recipe.losses, strict=True):
+        settings, moving = split(choice.settings, info.cls.Settings, choice.path, problems)
+        made.append(make_loss(info, settings, problems, choice.path))
+        if len(infos) > 1:
+            problems += [Problem((*choice.path, name), f"{name} moves: that is for one loss alone") for name in moving]
+        elif made[0] is not None:
+            problems += check_moving(made[0], moving, choice.path)
     losses = [loss for loss in made if loss is not None]
     if problems or len(losses) < len(made):
         raise problems_error(recipe.tables, problems)

@@ -274,6 +274,22 @@ def reproduce(run: Path, steps: int) -> None:
     again(run, steps, click.echo)
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.pass_context
+def doctor(context: click.Context, runs: tuple[Path, ...]) -> None:
+    """Tell what is wrong with finished, interrupted or running runs, as the watch does.
+
+    RUN is a run directory. The exit code is 1 where something is wrong, 2 where there is no run.
+    """
+    from rich.console import Console
+
+    from alignzoo.doctor import examine
+    from alignzoo.progress import sayer
+
+    context.exit(1 if examine(runs, sayer(Console())) else 0)
+
+
 @cli.group()
 def cache() -> None:
     """Look at what is kept between runs: prepared data, and log-probs of references."""

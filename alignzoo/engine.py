@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
+from alignzoo.adapt import Steering
 from alignzoo.api import Loss, LossOutput
 from alignzoo.batch import PADDED, StepRows, Way, blocks_of, count_steps, plan_step, steps_of, windows_of
 from alignzoo.errors import PluginError, RunError
@@ -67,7 +68,7 @@ class Engine:
         sink: Callable[[Record], None],
     ) -> None:
         self.recipe, self.console, self.sink = recipe, console, sink
-        self.objective = Objective(loss)
+        self.objective, self.steering = Objective(loss), Steering(recipe, loss)
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.budget = recipe.engine.tokens_per_device or TOKENS_PER_DEVICE[self.device.type]
@@ -124,14 +125,14 @@ class Engine:
         on_step: Callable[[int, Record], bool] = lambda *_: False,
         pairs: Sequence[Tree] = (),
         start: int = 0,
-        on_start: Callable[[Record], None] = lambda _: None,
+        on_start: Callable[[Record], bool] = lambda _: False,
     ) -> None:
         """The whole training: evaluations, steps, metrics.
 
         on_step: called after each step with its evaluation, {} where there was none (checkpoints); True ends it
         pairs: held-out pairs, chosen and rejected, that a loss on another kind of data is measured on too
         start: the step that a checkpoint was restored from
-        on_start: called with the evaluation before the first step, where eval.at_start has one
+        on_start: called with the evaluation before the first step, where eval.at_start has one; True ends it there
         """
         plan, every, rollout = self.recipe.train, self.recipe.eval.every_steps, self.recipe.rollout
         size, times = (rollout.refresh_every_steps, rollout.iterations) if rollout else (1, 1)
@@ -141,8 +142,8 @@ class Engine:
             self.make_schedule(total)
             if self.online is not None:
                 self.online.begin()
-            if self.recipe.eval.at_start:
-                on_start(self.evaluate(held_out, 0, 0.0, pairs))
+            if self.recipe.eval.at_start and on_start(self.evaluate(held_out, 0, 0.0, pairs)):
+                return
         self.bare.train()
         batches = steps_of(len(train), plan.batch_size, plan.epochs, None, plan.seed)
         steps = ((rows, window) for window in windows_of(batches, size, times, total) for rows in window)
@@ -151,6 +152,7 @@ class Engine:
                 if rows.step <= start:
                     continue
                 epoch = rows.step / per_epoch
+                self.objective = Objective(self.steering.at(rows.step, total))
                 self._step(rows, self._trees(rows, train))
                 self._sync_reference(rows.step)
                 line, found = None, Record()
@@ -428,6 +430,7 @@ class Engine:
         self.first_line = {}
         line |= self._over_ranks(tally.metrics)
         line["learning_rate"] = self.learning_rate
+        line |= self.steering.line
         line["num_tokens"] = self.tokens_seen
         if tally.seconds:
             line["tokens_per_second"] = tally.tokens / tally.seconds
@@ -442,5 +445,6 @@ class Engine:
 
     def _write(self, line: Record) -> None:
         self.sink(line)
+        self.steering.see(line)
         if self.recipe.log.trackers:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))

@@ -21,7 +21,7 @@ RESERVED = frozenset({
     "padding_fraction", "shared_fraction", "router_loss", "seconds", "skipped_steps",
     "reference/drift", "reference/drift_mean",
 })  # fmt: skip
-RESERVED_PREFIXES = ("eval_", "rollout/", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/", "pairs/")
+RESERVED_PREFIXES = ("eval_", "rollout/", "rewards/", "logps/", "mean_logps/", "log_ratios/", "kl/", "pairs/", "loss/")
 
 
 Table = dict[str, dict[str, Any]]

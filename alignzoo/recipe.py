@@ -31,11 +31,12 @@ from alignzoo.sections import (
     Samples,
     Source,
     Train,
+    Watch,
 )
 
 __all__ = [
     "KNOWN", "OPTIONAL", "SECTIONS", "Checkpoint", "Data", "Engine", "Eval", "LoRA", "Log", "LossChoice", "Model",
-    "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout", "Samples", "Source", "Train",
+    "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout", "Samples", "Source", "Train", "Watch",
     "load_recipe", "problems_error", "to_table",
 ]  # fmt: skip
 
@@ -70,6 +71,7 @@ class Recipe:
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
+    watch: Watch = Watch()
     samples: Samples = Samples()
     rollout: Rollout | None = None
     log: Log = Log()

@@ -86,7 +86,7 @@ def summary(
     eval_pairs:  held-out pairs that a loss on other data was measured on too
     model_path:  where the trained model was saved
     seconds:     time of the whole training
-    more:        further entries, e.g. recipe="dpo"
+    more:        further entries, e.g. recipe="dpo", or warnings=[...], lines of RunDir.read_warnings
     """
     training = [record for record in records if not is_eval(record)]
     held_out = [record for record in records if is_eval(record)]
@@ -165,6 +165,7 @@ def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time (h:mm:ss)", str(timedelta(seconds=round(summary["seconds"]))) if "seconds" in summary else ""),
         ("tokens", _show(summary.get("tokens"), digits=0)),
         ("tokens per second", _show(summary.get("tokens_per_second"), digits=0)),
+        ("warnings", ", ".join(dict.fromkeys(one["warning"] for one in summary.get("warnings", [])))),
         ("model", str(summary.get("model", ""))),
     ]
     return [(name, value) for name, value in rows if value]

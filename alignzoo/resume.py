@@ -22,7 +22,8 @@ from alignzoo.schema import show
 if TYPE_CHECKING:
     from alignzoo.progress import Say
 
-FREE = ("engine", "checkpoint", "eval", "samples", "log", "output")  # sections that do not change what is learned
+# sections that do not change what is learned
+FREE = ("engine", "checkpoint", "eval", "watch", "samples", "log", "output")
 _NO_TOTAL = ("constant",)  # schedules that do not depend on the number of steps
 _NO_TOTAL_WARMED = ("constant_with_warmup", "inverse_sqrt")  # nor do these, where train.warmup_steps is given
 _LENGTH = ("train.epochs", "train.max_steps")
@@ -200,8 +201,10 @@ def _is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _keeps_its_rate(table: Mapping[str, Any]) -> bool:
-    """Is the learning rate of a step the same, however many steps follow?"""
+    """Are the learning rate and the loss of a step the same, however many steps follow?"""
     train = table["train"]
+    if any(isinstance(value, Mapping) and "schedule" in value for value in table["loss"].values()):
+        return False
     name = train.get("lr_scheduler")
     return name in _NO_TOTAL or (name in _NO_TOTAL_WARMED and "warmup_steps" in train)
 

@@ -36,6 +36,7 @@ import tomli_w
 from alignzoo.errors import AlignzooError, PluginError, RecipeError, RunError
 
 METRICS = "metrics.jsonl"
+WARNING = "warning"  # the key that tells a line that says what is wrong (symptoms.py) from a record
 NON_FINITE = "non_finite"  # the key under which a record tells what its nulls were
 DISTRIBUTIONS = (
     "torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "datasets", "tokenizers", "safetensors",
@@ -141,7 +142,7 @@ class RunDir:
             ) from error
         return self.write_text("recipe.toml", text)
 
-    def append_metrics(self, record: Mapping[str, float | int | str]) -> None:
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
         """One more line of metrics.jsonl, handed to the operating system when this returns.
 
         NaN and infinities are written as null, and the record's "non_finite" names them: "grad_norm=inf".
@@ -187,10 +188,17 @@ class RunDir:
         return len(content[size:].splitlines())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl in order; [] where there is none yet.
+        """The records of metrics.jsonl in order; [] where there is none yet. Warnings are no records.
 
         A line that an interruption cut is left out with a warning that names it.
         """
+        return [line for line in self._lines() if WARNING not in line]
+
+    def read_warnings(self) -> list[dict[str, Any]]:
+        """The warnings among the lines of metrics.jsonl, in order (symptoms.Finding.record)."""
+        return [line for line in self._lines() if WARNING in line]
+
+    def _lines(self) -> list[dict[str, Any]]:
         path = self.path / METRICS
         try:
             lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -202,7 +210,7 @@ class RunDir:
                 continue
             record = _record(line)
             if record is None:
-                warnings.warn(f"{path}:{number}: cut by an interruption, this record is left out", stacklevel=2)
+                warnings.warn(f"{path}:{number}: cut by an interruption, this record is left out", stacklevel=3)
             else:
                 records.append(record)
         return records

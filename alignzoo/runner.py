@@ -28,6 +28,7 @@ from alignzoo.evalrows import RowScores, write_eval_rows
 from alignzoo.loading import check_head, choose_layout, load_models
 from alignzoo.logprobs import Scorer
 from alignzoo.model import from_anywhere, load_model, locate, save_model
+from alignzoo.observer import Observer
 from alignzoo.place import Place, start_or_resume
 from alignzoo.precompute import Precompute
 from alignzoo.progress import said, sayer
@@ -98,10 +99,11 @@ def run(
         dog = held.enter_context(Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path))
         reference = Precompute(job, accelerator, console)
         policy, frozen = load_models(job, accelerator, say)
-        engine = _engine(job, policy, frozen, accelerator, place, console)
+        observer = Observer(job, place.run_dir, accelerator, say, resumed=place.reader is not None)
+        engine = _engine(job, policy, frozen, accelerator, place, console, observer)
         engine.beat = dog.beat
         reference.run(engine, place.reader.step if place.reader is not None else 0)
-        result = Training(job, engine, place, console, dog, reference.used, stop_after).run()
+        result = Training(job, engine, place, console, dog, observer, reference.used, stop_after).run()
         accelerator.wait_for_everyone()
     engine.holder.close()
     return result
@@ -136,8 +138,9 @@ def run_chain(
 
 
 def _engine(
-    job: Job, policy: Scorer, frozen: Scorer | None, accelerator: Accelerator, place: Place, console: Console
-) -> Engine:
+    job: Job, policy: Scorer, frozen: Scorer | None, accelerator: Accelerator, place: Place, console: Console,
+    observer: Observer,
+) -> Engine:  # fmt: skip
     recipe, say = job.recipe, sayer(console)
     accelerator.project_configuration.set_directories(str(place.run_dir.path))
     if recipe.log.trackers:
@@ -145,15 +148,11 @@ def _engine(
     for line in zero_in_words(recipe, accelerator):
         say(line)
 
-    def sink(line: Record) -> None:
-        if accelerator.is_main_process:
-            place.run_dir.append_metrics(line)
-
     def keep(step: int, trees: Sequence[Tree], scores: RowScores) -> None:
         if accelerator.is_main_process:
             write_eval_rows(place.run_dir.path, step, trees, scores)
 
-    engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=sink)
+    engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=observer.see)
     engine.on_rows = keep
     check_head(job, engine)
     say(choose_layout(recipe, engine, job.data.train[0], recipe.data.max_length))
@@ -186,12 +185,13 @@ class Training:
     """
 
     def __init__(
-        self, job: Job, engine: Engine, place: Place, console: Console, dog: Watchdog, cached: Mapping[str, Any],
-        stop_after: int | None = None,
+        self, job: Job, engine: Engine, place: Place, console: Console, dog: Watchdog, observer: Observer,
+        cached: Mapping[str, Any], stop_after: int | None = None,
     ) -> None:  # fmt: skip
         """cached: what came out of the reference's cache, for the report."""
         self.cached, self.stop_after = cached, stop_after
         self.job, self.engine, self.place, self.console, self.dog = job, engine, place, console, dog
+        self.observer = observer
         self.recipe, self.say, self.first = job.recipe, sayer(console), engine.rank == 0
         self.run_dir, self.checkpoints = place.run_dir, place.run_dir.path / "checkpoints"
         self.stopping = Stopping(self.recipe)
@@ -207,7 +207,7 @@ class Training:
             self.before = self._answers(prompts, "answering before training")
         fit_began, data = time.monotonic(), self.job.data
         with self.signals:
-            self.engine.fit(data.train, data.eval, self._on_step, self.job.pairs, start, self.stopping.check)
+            self.engine.fit(data.train, data.eval, self._on_step, self.job.pairs, start, self._on_start)
             self.signals.words = "the training is done, and the model is being saved; once more: at once, without it"
             seconds = time.monotonic() - fit_began
             after = self._answers(prompts, "answering after training") if prompts else []
@@ -231,15 +231,23 @@ class Training:
 
     # --- between two steps
 
+    def _on_start(self, found: Record) -> bool:
+        """Checks the names of metrics in the first evaluation, and tells whether the run ends before its first step."""
+        self.stopping.check(found)
+        return self._ends(0, self.observer.reason())
+
+    def _ends(self, step: int, reason: str) -> bool:
+        if reason:
+            self.say(f"stopped after step {step}: {reason}")
+        return bool(reason)
+
     def _on_step(self, step: int, found: Record) -> bool:
         """Keeps the best model, writes a checkpoint where one is due, and tells whether the run ends here."""
         if step == self.stop_after:
             raise Enough(f"stopped after step {step}", on_all_ranks=True)
         if self.stopping.look(found):
             self._keep_best(step)
-        reason = self.stopping.reason(found)
-        if reason:
-            self.say(f"stopped after step {step}: {reason}")
+        if self._ends(step, self.stopping.reason(found) or self.observer.reason()):
             return True
         asked = max(of_all_ranks(self.engine.accelerator, self.signals.asked))
         every = self.recipe.checkpoint.every_steps
@@ -329,6 +337,7 @@ class Training:
             records, eval_rows=len(job.data.eval), eval_pairs=len(job.pairs), train_rows=len(job.data.train),
             model_path=model_path, seconds=seconds, recipe=self.recipe.name, loss=job.loss.name,
             paper="; ".join(papers), reference=job.reference.words, reference_cache=self.cached,
+            warnings=run_dir.read_warnings(),
         )  # fmt: skip
         title = self.recipe.name if self.recipe.name == job.loss.name else f"{self.recipe.name} ({job.loss.name})"
         plot = finish(run_dir, records, samples, figures, title, said(self.console))

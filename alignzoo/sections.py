@@ -166,6 +166,38 @@ class Eval:
     max_kl_metric: str = setting("kl/chosen", "mean log-ratio of policy and reference that max_kl looks at, in nats")
 
 
+Rule = Literal[
+    "start", "margin", "accuracy", "kl", "loss", "chosen_logps", "saturated", "length", "zero_spread", "truncated"
+]
+
+
+@dataclass(frozen=True)
+class Watch:
+    off: tuple[Rule, ...] = setting((), "rules that are not looked at, see watch.md")
+    stop: tuple[Rule, ...] = setting((), "rules that end the run, in order and with the model saved")
+    after: int | None = setting(
+        None, "steps in which only the start is judged; the warm-up, and at least 10, if not given", ge=0
+    )
+    patience: int = setting(2, "evaluations in a row that a rule must hold for; at the end of the run fewer do", ge=1)
+    window: int = setting(20, "logged lines whose mean is judged, where no held-out rows have the metric", ge=1)
+    repeat: int = setting(3, "how often a rule is told at most; again only where it got much worse", ge=1)
+    start_loss: float = setting(
+        0.02, "start: how far the loss may be from theory; relative, or absolute where theory is below 1", ge=0
+    )
+    start_kl: float = setting(0.5, "start: nats that policy and reference may differ by", ge=0)
+    min_margin: float = setting(
+        0.01, "margin: of rewards; and of log-ratios in nats, where there are some, below ten times this", ge=0
+    )
+    min_accuracy: float = setting(0.55, "accuracy: guessing has 0.5", ge=0, le=1)
+    max_kl: float = setting(10.0, "kl: nats of a whole completion", gt=0)
+    loss_steps: int = setting(100, "loss: of so many steps the mean is compared with that of as many before", ge=1)
+    max_logp_drop: float = setting(0.5, "chosen_logps: nats per token since the first evaluation", gt=0)
+    max_accuracy: float = setting(0.99, "saturated: training accuracy", ge=0, le=1)
+    max_length_ratio: float = setting(2.0, "length: of sampled completions, longer or shorter than at first", gt=1)
+    max_zero_spread: float = setting(0.9, "zero_spread: share of prompts whose completions have equal rewards", ge=0)
+    max_truncated: float = setting(0.5, "truncated: share of sampled completions without an end", ge=0)
+
+
 @dataclass(frozen=True)
 class Samples:
     prompts: tuple[str, ...] = setting((), "prompts that the model answers before and after")
@@ -233,6 +265,6 @@ class RewardKeys:
 
 SECTIONS: dict[str, type] = {
     "model": Model, "reference": Reference, "data": Data, "train": Train, "engine": Engine, "checkpoint": Checkpoint,
-    "eval": Eval, "samples": Samples, "rollout": Rollout, "log": Log, "output": Output,
+    "eval": Eval, "watch": Watch, "samples": Samples, "rollout": Rollout, "log": Log, "output": Output,
 }  # fmt: skip
 OPTIONAL = frozenset({"rollout"})  # sections that change what a run does by being there

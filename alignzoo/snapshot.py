@@ -53,7 +53,8 @@ def save_snapshot(engine: Engine, folder: Path, step: int, extra: Mapping[str, A
         writer.add_json("optimizer", scalars)
         writer.add_json("random", random)
         writer.add_json("schedule", _plain(engine.schedule.state_dict()))
-        writer.add_json("progress", {"tokens_seen": engine.tokens_seen, "tally": engine.tally.to_json(metrics)})
+        progress = {"tokens_seen": engine.tokens_seen, "tally": engine.tally.to_json(metrics)}
+        writer.add_json("progress", progress | {"loss_settings": engine.steering.state})
         writer.add_json("run", dict(extra))
         try:
             writer.finish()
@@ -91,6 +92,7 @@ def restore(engine: Engine, reader: CheckpointReader, total: int, say: Say) -> M
     progress = reader.json("progress")
     engine.tokens_seen = progress["tokens_seen"]
     engine.tally.load_json(progress["tally"], engine.rank)
+    engine.steering.load_state(progress.get("loss_settings", {}))
     random = reader.json("random")
     if len(random) != engine.ranks:
         say(

@@ -46,6 +46,7 @@ _ABOUT = {
     "engine": "What the machine needs. It changes nothing but rounding. Many ranks: [scaling.md](scaling.md).",
     "checkpoint": "All that a run needs to go on after it was stopped. See [checkpoints.md](checkpoints.md).",
     "eval": "When the held-out rows are evaluated.",
+    "watch": "What is told while a run goes wrong. See [watch.md](watch.md).",
     "samples": "Answers of the model before and after training, for `samples.md`.",
     "rollout": "With this section the rows are prompts, answered during the run. See [online.md](online.md).",
     "log": "How often metrics are written, and where else. See [runs.md](runs.md).",
