@@ -178,7 +178,9 @@ class Watch:
     after: int | None = setting(
         None, "steps in which only the start is judged; the warm-up, and at least 10, if not given", ge=0
     )
-    patience: int = setting(2, "evaluations in a row that a rule must hold for; at the end of the run fewer do", ge=1)
+    patience: int = setting(
+        2, "evaluations in a row that a rule must hold for, at the end fewer do; of the loss: times loss_steps", ge=1
+    )
     window: int = setting(20, "logged lines whose mean is judged, where no held-out rows have the metric", ge=1)
     repeat: int = setting(3, "how often a rule is told at most; again only where it got much worse", ge=1)
     start_loss: float = setting(
