@@ -58,6 +58,11 @@ def check_loss_class(cls: type[Loss]) -> None:
             f"{who} is made for contract {contract} of alignzoo, and this alignzoo has contract {CONTRACT}",
             fix="upgrade alignzoo: pip install -U alignzoo",
         )
+    if type(contract) is int and 1 <= contract < CONTRACT:
+        raise PluginError(
+            f"{who} is made for contract {contract} of alignzoo, and this alignzoo has contract {CONTRACT}",
+            fix="upgrade the plugin, or install an alignzoo of its time; docs/plugins.md says what has changed",
+        )
     missing = [name for name in DECLARED if name not in vars(cls)]
     faults = ["does not declare " + ", ".join(missing) + " in the class itself"] if missing else []
     faults += _attribute_faults(cls, missing)

@@ -241,4 +241,4 @@ def test_strangers_are_found_by_their_metadata(tmp_path: Path) -> None:
     found = python(STRANGERS, tmp_path)
     assert found["ipo2"] == ["alignzoo-ipo2", "0.0.1", "ipo2", pytest.approx((2 - 5) ** 2)]
     # h = 0.1 (log sigmoid(1) - log sigmoid(-1)) = 0.1, and the loss log(1 + exp(-0.1))
-    assert found["fdpo-js"] == ["alignzoo-example", "0.1.0", "example", pytest.approx(0.644397, abs=1e-6)]
+    assert found["fdpo-js"] == ["alignzoo-example", "0.1.0", "fdpo-js", pytest.approx(0.644397, abs=1e-6)]

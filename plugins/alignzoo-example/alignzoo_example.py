@@ -24,9 +24,10 @@ class Settings:
     beta: float = alignzoo.setting(0.1, "strength of the pull towards the reference", gt=0)
 
 
-class FDPOJensenShannon(alignzoo.Loss):
+class FdpoJsLoss(alignzoo.Loss):
     name, data, needs_reference = "fdpo-js", "pairs", True
     Settings = Settings
+    contract = 1
     family = "preference"
     paper = "Wang et al. 2023, arXiv:2309.16240, theorem 1"
     invariances = frozenset({"prompt_length", "shift", "token_order"})
@@ -41,4 +42,4 @@ class FDPOJensenShannon(alignzoo.Loss):
 
 @alignzoo.hookimpl
 def alignzoo_losses() -> list[type[alignzoo.Loss]]:
-    return [FDPOJensenShannon]
+    return [FdpoJsLoss]

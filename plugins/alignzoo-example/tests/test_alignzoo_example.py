@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-
-import pytest
-import torch
-from alignzoo_example import FDPOJensenShannon, Settings
+from pathlib import Path
 
 import alignzoo
+import pytest
+import torch
 from alignzoo.testing import conformance
+
+from alignzoo_example import FdpoJsLoss, Settings
 
 LN3 = math.log(3)
 
@@ -28,7 +30,7 @@ def reference(batch: alignzoo.Pairs, settings: Settings) -> list[float]:
     return [math.log1p(math.exp(reward(rejected) - reward(chosen))) for chosen, rejected in sides]
 
 
-test_it_conforms = conformance(FDPOJensenShannon, reference=reference)  # one test for each check
+test_it_conforms = conformance(FdpoJsLoss, reference=reference)  # a test a check
 
 
 def completion(log_ratios: list[float] | torch.Tensor) -> alignzoo.LogProbs:
@@ -36,12 +38,12 @@ def completion(log_ratios: list[float] | torch.Tensor) -> alignzoo.LogProbs:
     ratio = torch.as_tensor(log_ratios, dtype=torch.float64)
     mask = torch.ones(len(ratio), 2, dtype=torch.bool)
     reference = torch.full((len(ratio), 2), -1.0, dtype=torch.float64)
-    return alignzoo.LogProbs(policy=reference + ratio[:, None] / 2, reference=reference, mask=mask, owner="fdpo-js")
+    return alignzoo.LogProbs(policy=reference + ratio[:, None] / 2, reference=reference, mask=mask)
 
 
 def loss_of(chosen: list[float] | torch.Tensor, rejected: list[float] | torch.Tensor, beta: float) -> torch.Tensor:
     pairs = alignzoo.Pairs(chosen=completion(chosen), rejected=completion(rejected))
-    return FDPOJensenShannon(beta=beta)(pairs).loss
+    return FdpoJsLoss(beta=beta)(pairs).loss
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_numbers_by_hand(chosen: float, rejected: float, beta: float, expected: 
 
 def test_rewards_are_beta_times_the_derivative_of_f() -> None:
     pairs = alignzoo.Pairs(chosen=completion([LN3, 0.0]), rejected=completion([-LN3, 0.0]))
-    rewards = FDPOJensenShannon(beta=0.3)(pairs).rewards
+    rewards = FdpoJsLoss(beta=0.3)(pairs).rewards
     assert isinstance(rewards, tuple)
     assert rewards[0].tolist() == pytest.approx([0.3 * math.log(3 / 2), 0.0], abs=1e-12)
     assert rewards[1].tolist() == pytest.approx([0.3 * math.log(1 / 2), 0.0], abs=1e-12)
@@ -76,3 +78,8 @@ def test_the_chosen_side_is_bounded() -> None:
 
 def test_the_rejected_side_is_not_bounded() -> None:
     assert loss_of([0.0, 0.0], [1e4, -1e4], 1.0).tolist() == pytest.approx([math.log(3), 0.0], abs=1e-9)
+
+
+def test_the_readme_has_every_setting() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert [field.name for field in dataclasses.fields(Settings) if f"| `{field.name}` |" not in text] == []
