@@ -61,7 +61,7 @@ def check_loss_class(cls: type[Loss]) -> None:
     if type(contract) is int and 1 <= contract < CONTRACT:
         raise PluginError(
             f"{who} is made for contract {contract} of alignzoo, and this alignzoo has contract {CONTRACT}",
-            fix="upgrade the plugin, or install an alignzoo of its time; docs/plugins.md says what has changed",
+            fix="upgrade the plugin, or install an alignzoo of its time",
         )
     missing = [name for name in DECLARED if name not in vars(cls)]
     faults = ["does not declare " + ", ".join(missing) + " in the class itself"] if missing else []

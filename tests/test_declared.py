@@ -141,6 +141,15 @@ def test_a_later_contract_asks_for_an_upgrade() -> None:
     assert "pip install -U alignzoo" in caught.value.fix and "data" not in str(caught.value)
 
 
+def test_an_earlier_contract_asks_for_another_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignzoo.declared.CONTRACT", 2)
+    with pytest.raises(PluginError, match="is made for contract 1 of alignzoo, and this alignzoo has contract 2") as caught:
+        check_loss_class(loss_class())
+    assert "upgrade the plugin" in caught.value.fix
+    check_loss_class(loss_class(contract=2))
+    assert "a whole number from 1" in fault(loss_class(contract=0))
+
+
 def test_settings_that_refuse_each_other_are_a_problem() -> None:
     @dataclass(frozen=True)
     class Both:

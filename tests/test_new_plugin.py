@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from plugin_helpers import python
 
 from alignzoo.api import KINDS
 from alignzoo.cli import cli
@@ -33,7 +32,8 @@ needs_hatchling = pytest.mark.skipif(
 
 def finished(folder: Path, words: Sequence[str | Path], *path: Path, code: int | None = 0) -> str:
     """What a command prints, started in `folder` with `path` before everything else that can be imported."""
-    known = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    with_alignzoo = any((part / "alignzoo").is_dir() for part in path)  # then nothing of the checkout is to be seen
+    known = [] if with_alignzoo else [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *known]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *map(str, words)], cwd=folder, env=env, capture_output=True, text=True, timeout=180
@@ -50,7 +50,7 @@ def install(folder: Path, site: Path) -> Path:
 
 def train(folder: Path, model: Path, *words: str, site: Path | None = None) -> list[dict[str, float]]:
     """The steps that `alignzoo run recipe.toml` recorded, on a tiny model; without `site` as a file."""
-    chosen = ["--set", f"model.path={json.dumps(str(model))}", "--set", "engine.device=cpu", *words]
+    chosen = ["--set", f"model.path={model}", "--set", "engine.device=cpu", *words]
     if site is None:
         (module,) = folder.glob("[!c]*.py")
         chosen += ["--plugin", module.name]
@@ -75,7 +75,9 @@ def test_it_is_in_order(name: str, data: str, tmp_path: Path) -> None:
     assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
-@pytest.mark.parametrize("data", KINDS)
+@pytest.mark.parametrize(
+    "data", ["pairs", "groups", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("labelled", "demonstrations"))]
+)
 def test_it_passes_its_tests_and_trains_two_steps(data: str, tmp_path: Path, tiny_folder: Path) -> None:
     folder = new_plugin("my-po", data, folder=tmp_path)
     said = finished(folder, ["pytest", "-q", "-p", "no:cacheprovider"])
@@ -94,6 +96,24 @@ def test_the_readme_has_the_settings_as_they_are_declared(data: str, tmp_path: P
     rows = rows_of(discover([folder / "my_po.py"]).get("my-po").cls.Settings)
     wanted = [f"| `{r.name}` | {r.type} | `{r.default}` | {r.range} | {r.help} |" for r in rows]
     assert wanted and set(wanted) <= set((folder / "README.md").read_text().splitlines())
+
+
+def test_the_tutorial(tmp_path: Path) -> None:
+    """docs/plugins.md: the formula put in, the two failures that it tells of, and their ends."""
+    page = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
+    tutorial = page[page.index("### A formula of one's own") : page.index("### The entry point")]
+    module, reference = re.findall(r"^```python\n(.*?)^```$", tutorial, re.DOTALL | re.MULTILINE)
+    folder = new_plugin("my-po", folder=tmp_path)
+    (folder / "my_po.py").write_text(module)
+    said = finished(folder, ["pytest", "-q", "-p", "no:cacheprovider"], code=1)
+    failed = re.findall(r"^FAILED tests/test_my_po\.py::(\S+)", said, re.MULTILINE)
+    assert failed == ["test_it_conforms[oracle]", "test_the_readme_has_every_setting"]
+    assert all(name in tutorial for name in failed)
+    tests, readme = folder / "tests/test_my_po.py", folder / "README.md"
+    function = reference[reference.index("def reference") :]
+    tests.write_text(re.sub(r"def reference.*?\n\n\n", lambda _: function + "\n\n", tests.read_text(), flags=re.DOTALL))
+    readme.write_text(readme.read_text().replace("| `beta` |", "| `margin` | a number |\n| `beta` |"))
+    finished(folder, ["pytest", "-q", "-p", "no:cacheprovider"])
 
 
 # --- the example ------------------------------------------------------------------------------------------------------
@@ -176,8 +196,8 @@ def test_the_wheel_has_its_templates(wheel: Path) -> None:
 
 def test_from_an_empty_folder_beside_the_wheel(wheel: Path, tmp_path: Path, tiny_folder: Path) -> None:
     """Written, installed and trained on two ranks with the alignzoo of the wheel; the checkout has no part in it."""
-    code = "import json, alignzoo; print(json.dumps(alignzoo.__file__))"
-    assert python(code, wheel) == str(wheel / "alignzoo/__init__.py")
+    (tmp_path / "where.py").write_text("import alignzoo; print(alignzoo.__file__)")
+    assert finished(tmp_path, ["where"], wheel) == f"{wheel}/alignzoo/__init__.py\n"
     said = finished(tmp_path, ["alignzoo", "new-plugin", "my-po"], wheel)
     assert "next: cd my-po && pip install" in said
     site = shutil.copytree(wheel, tmp_path / "site")

@@ -13,7 +13,7 @@ from plugin_helpers import Install, distribution, installer, python, source_of, 
 
 import alignzoo
 from alignzoo.errors import PluginError
-from alignzoo.plugins import BLOCK, discover, loss_table
+from alignzoo.plugins import BLOCK, discover, loss_table, plugin_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -234,6 +234,21 @@ def test_the_way_out_of_a_duplicate_works(install: Install, monkeypatch: pytest.
     assert f"{BLOCK}=first-zoo" in caught.value.fix
     monkeypatch.setenv(BLOCK, "first-zoo")
     assert discover().get("twice").distribution == "second-zoo"
+
+
+def test_strangers_in_disorder_are_listed_and_harm_no_other(install: Install) -> None:
+    """Two with one name, one that cannot be imported, one of a later contract."""
+    install("one", source_of("twice"))
+    install("two", source_of("twice"))
+    install("lost", "import alignzoo_gone\n")
+    install("later", source_of("later").replace("def __call__", "contract = 99\n\n    def __call__"))
+    rows = {row["label"]: row for row in plugin_table(discover())}
+    assert [rows[label]["state"] for label in ("one", "two", "lost", "later")] == ["loaded", "loaded", "broken", "broken"]
+    assert "alignzoo_gone" in rows["lost"]["error"] and "made for contract 99" in rows["later"]["error"]
+    assert discover().get("dpo").label == "builtin"
+    with pytest.raises(PluginError) as caught:
+        discover().get("later")
+    assert "made for contract 99 of alignzoo, and this alignzoo has contract 1" in str(caught.value)
 
 
 def test_one_class_by_two_doors_is_no_duplicate(install: Install) -> None:
