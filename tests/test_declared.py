@@ -143,7 +143,9 @@ def test_a_later_contract_asks_for_an_upgrade() -> None:
 
 def test_an_earlier_contract_asks_for_another_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignzoo.declared.CONTRACT", 2)
-    with pytest.raises(PluginError, match="is made for contract 1 of alignzoo, and this alignzoo has contract 2") as caught:
+    with pytest.raises(
+        PluginError, match="is made for contract 1 of alignzoo, and this alignzoo has contract 2"
+    ) as caught:
         check_loss_class(loss_class())
     assert "upgrade the plugin" in caught.value.fix
     check_loss_class(loss_class(contract=2))

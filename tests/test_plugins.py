@@ -243,7 +243,12 @@ def test_strangers_in_disorder_are_listed_and_harm_no_other(install: Install) ->
     install("lost", "import alignzoo_gone\n")
     install("later", source_of("later").replace("def __call__", "contract = 99\n\n    def __call__"))
     rows = {row["label"]: row for row in plugin_table(discover())}
-    assert [rows[label]["state"] for label in ("one", "two", "lost", "later")] == ["loaded", "loaded", "broken", "broken"]
+    assert [rows[label]["state"] for label in ("one", "two", "lost", "later")] == [
+        "loaded",
+        "loaded",
+        "broken",
+        "broken",
+    ]
     assert "alignzoo_gone" in rows["lost"]["error"] and "made for contract 99" in rows["later"]["error"]
     assert discover().get("dpo").label == "builtin"
     with pytest.raises(PluginError) as caught:
