@@ -85,7 +85,9 @@ def test_it_passes_its_tests_and_trains_two_steps(data: str, tmp_path: Path, tin
     assert re.search(r"^2\d passed", said, re.MULTILINE), said
     steps = [record for record in train(folder, tiny_folder) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2]
-    assert all(record["grad_norm"] >= 0 for record in steps)
+    assert [record["learning_rate"] for record in steps] == [2e-5, 2e-5]
+    if data != "groups":  # a random model never answers right: all rewards are 0, and so are the gradients
+        assert all(record["grad_norm"] > 0 for record in steps)
 
 
 @pytest.mark.parametrize("data", KINDS)
@@ -204,7 +206,8 @@ def test_from_an_empty_folder_beside_the_wheel(wheel: Path, tmp_path: Path, tiny
     site = shutil.copytree(wheel, tmp_path / "site")
     install(tmp_path / "my-po", site)
     steps = train(tmp_path / "my-po", tiny_folder, "--processes", "2", "--set", "engine.zero=3", site=site)
-    assert [record["step"] for record in steps if "loss" in record] == [1, 2]
+    before, after = (record["rewards/margins"] for record in steps if "loss" in record)
+    assert before == 0.0 != after  # policy == reference until the first step is done
     (run,) = (tmp_path / "my-po/runs").iterdir()
     assert "my-po" in (run / "recipe.toml").read_text()
 
