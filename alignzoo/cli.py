@@ -216,6 +216,42 @@ def export(source: Path, to: Path, merge: bool, dtype: str | None) -> None:
 
 
 @cli.command()
+@click.argument("pairs", metavar="PAIRS")
+@click.option("--model", required=True, help="The model, as model.path of a recipe.")
+@click.option("--reference", help="The model that it is compared with.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="JSON Lines file to write.")
+@click.option("--beta", default=0.1, show_default=True, type=click.FloatRange(0, min_open=True),
+              help="Of the implicit reward, with --reference.")  # fmt: skip
+@click.option("--by", metavar="COLUMN", help="Accuracy by the values of a column.")
+@click.option("--keep", metavar="CONDITION", help='Write only such rows, e.g. "abs(margin) > 0.1".')
+@click.option("--most-uncertain", "most", type=click.IntRange(1), metavar="K", help="Write only K rows, to annotate.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of a recipe, e.g. data.max_length.")
+def score(
+    pairs: str,
+    model: str,
+    reference: str | None,
+    out: Path,
+    beta: float,
+    by: str | None,
+    keep: str | None,
+    most: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Score preference PAIRS with a model: log-probs, rewards, margin and probability of each row.
+
+    PAIRS is a file or hub id, as data.train of a recipe. Log-probs come from the cache where a run has computed them.
+    """
+    from rich.console import Console
+
+    from alignzoo.expression import Expression
+    from alignzoo.score import NUMBERS, Asked
+    from alignzoo.score import score as score_pairs
+
+    condition = Expression(keep, NUMBERS) if keep else None
+    score_pairs(Asked(pairs, model, reference, beta, by, condition, most), out, overrides, Console())
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="RECIPE", help="Run this recipe with --losses.")
 @click.option("--losses", metavar="A,B,...", help="The losses that RECIPE is run with.")
