@@ -152,7 +152,7 @@ class Engine:
                 if rows.step <= start:
                     continue
                 epoch = rows.step / per_epoch
-                self.objective = Objective(self.steering.at(rows.step, total))
+                self._steer(rows.step, total)
                 self._step(rows, self._trees(rows, train))
                 self._sync_reference(rows.step)
                 line, found = None, Record()
@@ -164,6 +164,12 @@ class Engine:
                     self.bare.train()
                 if on_step(rows.step, found):
                     break
+
+    def _steer(self, step: int, total: int) -> None:
+        """Another loss from here on, where settings of it move."""
+        loss = self.steering.at(step, total)
+        if loss is not self.objective.loss:
+            self.objective = Objective(loss)
 
     def _trees(self, rows: StepRows, train: Sequence[Tree]) -> Sequence[Tree]:
         if self.online is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import alignzoo
 from alignzoo.recipe import load_recipe
+from alignzoo.rundir import RunDir
 
 LINE = re.compile(
     r"reference log-probs: (\d+) of (\d+) completions from the cache, (\d+) computed in [\d.]+ s \((.*)\)"
@@ -74,4 +74,4 @@ def apart(one: Path, other: Path, start: Path) -> float:
 
 
 def records(result: Any) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return RunDir(result.run_dir).read_metrics()

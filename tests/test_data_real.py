@@ -21,6 +21,7 @@ from alignzoo.data.dataset import Prepared, prepare
 from alignzoo.data.show import rendered_row
 from alignzoo.errors import DataError
 from alignzoo.recipe import Data, load_recipe
+from alignzoo.rundir import RunDir
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -190,7 +191,7 @@ def test_every_file_trains_two_steps(name: str, loss: str, tokenizer: Any, tmp_p
     result = alignzoo.run(
         recipe, model=model, tokenizer=copy.deepcopy(tokenizer), console=Console(file=screen, width=200)
     )
-    records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = RunDir(result.run_dir).read_metrics()
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2]
     assert all(math.isfinite(record["loss"]) and record["loss"] > 0 for record in steps)

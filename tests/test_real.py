@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from alignzoo.batch import padded_layout
 from alignzoo.data.dataset import prepare
 from alignzoo.logprobs import Scorer, check_scorer
 from alignzoo.recipe import load_recipe
+from alignzoo.rundir import RunDir
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
 
 
 def records_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return RunDir(run_dir).read_metrics()
 
 
 def test_the_converted_model_answers_in_plain_transformers(real_folder: Path) -> None:

@@ -16,6 +16,7 @@ import alignzoo
 from alignzoo.batch import steps_of
 from alignzoo.engine import Engine
 from alignzoo.recipe import load_recipe
+from alignzoo.rundir import RunDir
 
 STEPS, BATCH, SEED = 3, 4, 7
 
@@ -47,7 +48,7 @@ def ours(
         changes or {},
     )  # fmt: skip
     result = alignzoo.run(recipe, model=model, tokenizer=tokenizer, train=data)
-    return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return RunDir(result.run_dir).read_metrics()
 
 
 def in_our_order(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
