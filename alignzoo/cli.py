@@ -13,6 +13,7 @@ import click
 from alignzoo import __version__
 from alignzoo.cli_data import data, suggest
 from alignzoo.cli_data import recipe_options as _recipe_options
+from alignzoo.cli_import import import_
 from alignzoo.cli_plugin import new_plugin
 from alignzoo.errors import AlignzooError
 from alignzoo.launch import without_options
@@ -101,6 +102,7 @@ def sample(recipe: Path, out: Path, make: str, overrides: tuple[str, ...], plugi
 
 cli.add_command(data)
 cli.add_command(suggest)
+cli.add_command(import_)
 cli.add_command(new_plugin)
 
 
