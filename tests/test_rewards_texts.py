@@ -40,7 +40,9 @@ def value(name: str, completion: str, columns: dict[str, Any] | None = None, **s
         ("42", 42, {}, 1.0),
         ("x", None, {}, None), ("I think #### 7", "so 3 + 4 #### 7", {"after": "####"}, 1.0),
         ("20 is less than 36.", "36", {"find": r"\d+"}, 1.0), ("36 is more than 20.", "36", {"find": r"\d+"}, 0.0),
-        ("neither", "36", {"find": r"\d+"}, 0.0), ("7", "so #### 7", {"after": "####"}, 1.0),
+        ("neither", "36", {"find": r"\d+"}, 0.0),
+        ("36 is more than 20.", "36", {"find": r"\A\D*(\d+)"}, 1.0), ("20, not 36", "36", {"find": r"\A\D*(\d+)"}, 0.0),
+        ("b", "b", {"find": "(a)|b"}, 0.0), ("7", "so #### 7", {"after": "####"}, 1.0),
         ("#### 7 #### 8", "7", {"after": "####"}, 0.0),
     ],
 )  # fmt: skip

@@ -15,7 +15,9 @@ import alignzoo
 @dataclass(frozen=True)
 class Settings:
     answer: str = alignzoo.setting("answer", "column with the right answer; a list of them: any will do")
-    find: str = alignzoo.setting("", r"of a completion only the last match of this regular expression counts, e.g. \d+")
+    find: str = alignzoo.setting(
+        "", r"of a completion only the last match of this regular expression counts, or its first group: \d+"
+    )
     after: str = alignzoo.setting("", 'only what follows the last of these marks counts, e.g. "####"')
     ignore_case: bool = alignzoo.setting(True, "take large and small letters as the same")
     ignore_punctuation: bool = alignzoo.setting(True, "leave out ASCII punctuation")
@@ -49,7 +51,7 @@ class Exact(alignzoo.Reward):
         if answer is None:
             return None
         if self.settings.find:
-            found = [match.group() for match in re.finditer(self.settings.find, completion)]
+            found = [match[min(1, match.re.groups)] or "" for match in re.finditer(self.settings.find, completion)]
             completion = found[-1] if found else ""
         answers = answer if isinstance(answer, list | tuple) else [answer]
         return float(self._plain(completion) in {self._plain(str(right)) for right in answers})
