@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from alignzoo.recipe import Recipe
 from alignzoo.schema import nearest
 
+OWN = ("adamw_torch", "adamw_torch_fused")
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # as transformers' Trainer
 
 
@@ -39,18 +40,29 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for n, p in named if n in decay], "weight_decay": train.weight_decay},
         {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
     ]
+    try:
+        cls, options = class_and_options(recipe, model)
+        return cls([g for g in groups if g["params"]], **options)
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise recipe.error(
+            ("train", "optimizer"), f'train.optimizer = "{train.optimizer}" cannot be made', why=str(error)
+        ) from error
+
+
+def class_and_options(recipe: Recipe, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """As transformers' Trainer has them. It is not asked for AdamW: its import takes most of a second."""
+    train = recipe.train
+    if train.optimizer in OWN:
+        options = {"lr": train.learning_rate, "betas": tuple(train.adam_betas), "eps": train.adam_epsilon}
+        return torch.optim.AdamW, options | ({"fused": True} if train.optimizer.endswith("fused") else {})
+    from transformers import Trainer
+
     arguments: Any = SimpleNamespace(
         learning_rate=train.learning_rate, adam_beta1=train.adam_betas[0], adam_beta2=train.adam_betas[1],
         adam_epsilon=train.adam_epsilon, optim=OptimizerNames(train.optimizer), optim_args=None,
         optim_target_modules=None,
     )  # fmt: skip
-    try:
-        cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        return cls([g for g in groups if g["params"]], **options)  # type: ignore[no-any-return]
-    except (ImportError, ValueError, TypeError, AttributeError) as error:
-        raise recipe.error(
-            ("train", "optimizer"), f'train.optimizer = "{train.optimizer}" cannot be made', why=str(error)
-        ) from error
+    return Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[no-any-return]
 
 
 def warmup_steps(recipe: Recipe, total: int) -> int:

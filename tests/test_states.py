@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from alignzoo import optim
 from alignzoo.checkpoint import CheckpointWriter, open_checkpoint
 from alignzoo.errors import AlignzooError, RunError
 from alignzoo.optim import make_optimizer, make_schedule
@@ -54,6 +55,15 @@ MAKERS: dict[str, Make] = {
     "nadam": lambda net: torch.optim.NAdam(net.parameters(), lr=0.05),
     "rprop": lambda net: torch.optim.Rprop(net.parameters(), lr=0.05),
 }
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused"])
+def test_adamw_is_that_of_transformers_without_asking_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = by_name(name, adam_betas=[0.8, 0.95], adam_epsilon=1e-7)(Net())
+    monkeypatch.setattr(optim, "OWN", ())
+    theirs = by_name(name, adam_betas=[0.8, 0.95], adam_epsilon=1e-7)(Net())
+    assert type(ours) is type(theirs) is torch.optim.AdamW
+    assert ours.defaults == theirs.defaults
 
 
 def names_of(net: nn.Module) -> dict[nn.Parameter, str]:
