@@ -21,7 +21,7 @@ from ranks_worker import LOSSES, STEPS, case
 WORKER = Path(__file__).with_name("ranks_worker.py")
 OF_THE_MACHINE = {"tokens_per_second", "memory", "padding_fraction", "shared_fraction", "eval_runtime"}
 ACCURACIES = ("accuracies", "ties", "odd")  # of few rows: what is near a tie may fall on either side
-TOLERANCES = {"loss": 2e-6, "eval_loss": 2e-6, "grad_norm": 1e-5}
+TOLERANCES = {"loss": 5e-6, "eval_loss": 5e-6, "grad_norm": 1e-5}  # an AMD CPU came to 2.3e-6
 REST = 2e-5  # sums of many log-probs, and their differences
 Found = dict[str, Any]
 
