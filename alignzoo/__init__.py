@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from alignzoo.api import (
+    Callback,
     Demonstrations,
+    Format,
     Groups,
     Labelled,
     LogProbs,
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AlignzooError", "Demonstrations", "Groups", "Labelled", "LogProbs", "Loss", "LossOutput", "Metric", "NoSettings",
-    "Pairs", "Recipe", "Result", "Reward", "SequenceStats", "Step", "hookimpl", "load_recipe", "metric", "run",
-    "setting",
+    "AlignzooError", "Callback", "Demonstrations", "Format", "Groups", "Labelled", "LogProbs", "Loss", "LossOutput",
+    "Metric", "NoSettings", "Pairs", "Recipe", "Result", "Reward", "SequenceStats", "Step", "hookimpl", "load_recipe",
+    "metric", "run", "setting",
 ]  # fmt: skip
 
 _LATE = {"load_recipe": "recipe", "Recipe": "recipe", "run": "runner", "Result": "runner"}

@@ -1,4 +1,6 @@
-"""The contract between alignzoo and a loss: what a loss gets, what it gives back, what it must declare. And a reward's.
+"""The contract between alignzoo and a loss: what a loss gets, what it gives back, what it must declare.
+
+And those of the other things that a plugin may bring: rewards, formats of rows, callbacks.
 
 A loss is pure: it turns log-probabilities into numbers per example or per token. It sees no model, no padding, no
 ranks and no micro-batches, and it never divides by a number of examples: the engine divides the sum of each term by the
@@ -10,7 +12,7 @@ counts prompts and N all their completions.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CONTRACT", "INVARIANCES", "KINDS", "TOKEN_STATS", "Batch", "Demonstrations", "Groups", "Labelled", "LogProbs",
-    "Loss", "LossOutput", "Metric", "NoSettings", "Pairs", "Reward", "SequenceStats", "Step", "Term", "metric",
-    "setting",
+    "CONTRACT", "INVARIANCES", "KINDS", "TOKEN_STATS", "Batch", "Callback", "Demonstrations", "Format", "Groups",
+    "Labelled", "LogProbs", "Loss", "LossOutput", "Metric", "NoSettings", "Pairs", "Reward", "SequenceStats", "Step",
+    "Term", "metric", "setting",
 ]  # fmt: skip
 
 CONTRACT = 1
@@ -259,7 +261,7 @@ class NoSettings:
 
 
 class _Configured:
-    """What losses and rewards share: they are made from their settings, which are checked then."""
+    """What losses, rewards and callbacks share: they are made from their settings, which are checked then."""
 
     name: str
     Settings: type[Any]
@@ -390,3 +392,67 @@ class Reward(_Configured):
         It must not depend on the other completions of the call: calls are cut by prompt and by rank.
         """
         raise NotImplementedError
+
+
+class Callback(_Configured):
+    """Is told what happens in a run. Subclass it, declare `name` and `Settings`, write the methods that are wanted.
+
+    Declared by every class for itself:
+      name      the name in recipes, e.g. "webhook"
+      Settings  a frozen dataclass of `setting(...)` fields, or NoSettings
+
+    Optional:
+      contract  the version of this contract that the class was written for
+
+    It is called on the first rank only, with plain data of its own: nothing that it does to it changes the training.
+    """
+
+    _kind = "callback"
+    contract: ClassVar[int] = 1
+
+    def run_started(self, run: Mapping[str, Any]) -> None:
+        """Before the weights are loaded. run: directory, recipe, loss, steps, rows, held_out, resumed (bool)."""
+
+    def step_ended(self, metrics: Mapping[str, float]) -> None:
+        """After a step that a line of metrics was written for (log.every_steps): that line."""
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """After an evaluation: its line of metrics."""
+
+    def checkpoint_saved(self, path: str) -> None:
+        """After a checkpoint: its folder, complete."""
+
+    def run_ended(self, end: Mapping[str, Any]) -> None:
+        """When the run is over.
+
+        end: status "finished", "interrupted" or "failed"; error, "" where there was none; directory; model, its folder,
+        "" unless finished; metrics, the last of each name; seconds
+        """
+
+
+CALLS = ("run_started", "step_ended", "evaluated", "checkpoint_saved", "run_ended")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A shape of rows, as a recipe names it in data.format.
+
+    Where a plugin brings it, `make` gives the same row with alignzoo's own columns, which are those of its kind:
+      demonstrations  prompt and completion, or messages, or text
+      pairs           prompt, chosen and rejected
+      labelled        prompt, completion and label, or messages and label
+      prompts         prompt
+    Each of these may have `system` and `tools` beside it. It returns None for a row that is left out, and raises
+    ValueError, with words for the user, for one that cannot be used.
+    """
+
+    name: str
+    kind: str  # demonstrations, pairs, labelled or prompts
+    columns: tuple[str, ...]  # all of them must be there
+    description: str
+    make: Callable[[Mapping[str, Any]], Any]
+    optional: tuple[str, ...] = ()  # read where they are there
+    looks: Callable[[Mapping[str, Any]], bool] | None = None  # whether a row of these columns can be of this format
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None  # adds columns for data.keep
+    adds: tuple[str, ...] = ()  # the columns that `derived` adds
+    contract: int = 1  # the version of this contract that it was written for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,17 @@ from rich.console import Console
 from alignzoo.adapt import as_tables, check_moving, moving_settings, split
 from alignzoo.api import Loss
 from alignzoo.batch import count_steps
+from alignzoo.callbacks import Callbacks, make_callbacks
 from alignzoo.data.dataset import Prepared, held_out, prepare
+from alignzoo.data.formats_found import check_formats
 from alignzoo.data.show import marked_example
 from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import ensure_pad_token
 from alignzoo.data.watch import Watch
 from alignzoo.errors import ModelError, PluginError
 from alignzoo.mixture import Mixture
-from alignzoo.plugins import LossInfo, Registry, discover, make_loss
+from alignzoo.plugin_kinds import LossInfo
+from alignzoo.plugins import Registry, discover, make_loss
 from alignzoo.progress import Say, sayer
 from alignzoo.recipe import Data, Recipe, problems_error
 from alignzoo.rewards import Rewards, make_rewards
@@ -57,6 +60,7 @@ class Job:
     steps: int
     live: Live
     pairs: Sequence[Tree] = ()  # the held-out pairs, where the loss eats them in another form
+    callbacks: Callbacks = field(default_factory=lambda: Callbacks(()))
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -81,12 +85,16 @@ def make_job(
         say(f"WARNING: {warning}")
     infos, loss = find_loss(recipe, registry)
     rewards = make_rewards(recipe, registry, say)
+    check_formats(recipe, registry)
     for info, one, choice in zip(infos, each_loss(loss), recipe.losses, strict=True):
         say(f"loss: {describe_loss(info, one)}" + (f", weight {choice.weight:g}" if len(infos) > 1 else ""))
     for name, how in moving_settings(recipe, loss).items():
         say(f"loss.{name} moves: {how}")
+    callbacks = make_callbacks(recipe, registry)
     for line in rewards.describe():
         say(f"reward: {line}")
+    for line in callbacks.describe():
+        say(f"callback: {line}")
     if len(rewards) and recipe.rollout is None:
         say("WARNING: [[rewards]] is without effect: without [rollout] nothing is sampled")
     from alignzoo.reference import plan_reference  # torch: a misspelt loss is told before it is imported
@@ -117,6 +125,7 @@ def make_job(
         seed=recipe.train.seed,
         say=say,
         watch=watch,
+        registry=registry,
     )
     if kind == "prompts":
         rewards.check_columns(list(data.train[0].columns))
@@ -124,10 +133,12 @@ def make_job(
     iterations = recipe.rollout.iterations if recipe.rollout else 1
     steps = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps, iterations)
     _carry_template(recipe, tokenizer, say)
-    pairs = _held_out_pairs(recipe, kind, tokenizer, data, live, say)
+    pairs = _held_out_pairs(recipe, kind, tokenizer, data, live, say, registry)
     say(describe_steps(recipe, data, steps))
     _warn(recipe, loss, tokenizer, say)
-    return Job(recipe, infos, loss, rewards, registry, reference, location, tokenizer, data, steps, live, pairs)
+    return Job(
+        recipe, infos, loss, rewards, registry, reference, location, tokenizer, data, steps, live, pairs, callbacks
+    )
 
 
 def _in_memory(live: Live) -> Live:
@@ -171,12 +182,15 @@ def room_for_completions(recipe: Recipe) -> Data:
     return dataclasses.replace(data, max_prompt_length=min(room, data.max_prompt_length or room))
 
 
-def _held_out_pairs(recipe: Recipe, kind: str, tokenizer: Any, data: Prepared, live: Live, say: Say) -> Sequence[Tree]:
+def _held_out_pairs(
+    recipe: Recipe, kind: str, tokenizer: Any, data: Prepared, live: Live, say: Say, registry: Registry
+) -> Sequence[Tree]:
     """The held-out rows as pairs, where they are pairs and the loss wants another kind: accuracy for every loss."""
     sources = [s for s in data.report.sources if s.role == "eval"] or data.report.sources
     if not data.eval or kind == "pairs" or any(s.kind != "pairs" for s in sources):
         return ()
-    pairs = held_out(data, recipe.data, "pairs", tokenizer, train=live.train, eval=live.eval, say=say)
+    given = {"train": live.train, "eval": live.eval, "registry": registry}
+    pairs = held_out(data, recipe.data, "pairs", tokenizer, say=say, **given)
     if pairs:
         say(f"{len(pairs)} held-out pairs are measured as pairs too (eval_pairs/accuracies)")
     return pairs

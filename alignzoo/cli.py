@@ -135,7 +135,9 @@ def run(
     quiet_unless_first()
     if sum(option is not None for option in (processes, gpus, hostfile)) > 1:
         raise click.UsageError("--processes, --gpus and --hostfile: give one of them")
+    from alignzoo.callbacks import make_callbacks
     from alignzoo.check import find_loss
+    from alignzoo.data.formats_found import check_formats
     from alignzoo.plugins import discover
     from alignzoo.recipe import load_recipe
     from alignzoo.rewards import make_rewards
@@ -147,6 +149,8 @@ def run(
     for recipe in loaded:
         find_loss(recipe, registry)
         make_rewards(recipe, registry)
+        make_callbacks(recipe, registry)
+        check_formats(recipe, registry)
         check_zero(recipe, ranks=many)
     going_on = _find_run(loaded, resume)
     code = _launch(context.meta["words"], [r.engine.device for r in loaded], processes, gpus, hostfile)
@@ -441,17 +445,32 @@ def conform(
 def rewards(as_json: bool, plugins: tuple[Path, ...]) -> None:
     """List the rewards that recipes can name, with their settings."""
     from alignzoo.plugins import discover, reward_table
-    from alignzoo.tables import print_rewards
+    from alignzoo.tables import print_named
 
     registry = discover(plugins)
     rows = reward_table(registry)
-    _echo_json(rows, registry) if as_json else print_rewards(rows, registry)
+    _echo_json(rows, registry) if as_json else print_named(rows, registry)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="A Python file with a callback that is not installed. May be repeated.")  # fmt: skip
+def callbacks(as_json: bool, plugins: tuple[Path, ...]) -> None:
+    """List the callbacks that recipes can name, with their settings."""
+    from alignzoo.plugin_kinds import CallbackInfo
+    from alignzoo.plugins import discover, named_table
+    from alignzoo.tables import print_named
+
+    registry = discover(plugins)
+    rows = named_table(registry, CallbackInfo)
+    _echo_json(rows, registry) if as_json else print_named(rows, registry)
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plugins(as_json: bool) -> None:
-    """List the plugins that are installed: loaded, blocked, or broken with the error."""
+    """List the plugins that are installed, with what they bring: loaded, blocked, or broken with the error."""
     from alignzoo.plugins import discover, plugin_table
     from alignzoo.tables import print_plugins
 

@@ -41,9 +41,19 @@ def _columns(context: click.Context, parameter: click.Parameter, values: tuple[s
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(1), help="How many rows to print.")
 @click.option("--split", default=None, help="Split of a saved or hub data set.")
 @click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
-@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=_columns,
-              help="Read THEIRS as our column OURS, e.g. prompt=question. May be repeated.")  # fmt: skip
-def data_show(path: str, rows: int, split: str | None, format: str, columns: dict[str, str]) -> None:
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="OURS=THEIRS",
+    callback=_columns,
+    help="Read THEIRS as our column OURS, e.g. prompt=question. May be repeated.",
+)
+@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="A Python file with a plugin that is not installed. May be repeated.")  # fmt: skip
+def data_show(
+    path: str, rows: int, split: str | None, format: str, columns: dict[str, str], plugins: tuple[Path, ...]
+) -> None:
     """Print what alignzoo reads from PATH: format, kind, columns, counts and the first rows.
 
     Brackets stand around what a loss learns.
@@ -51,8 +61,10 @@ def data_show(path: str, rows: int, split: str | None, format: str, columns: dic
     from rich.console import Console
 
     from alignzoo.data.show import show_rows
+    from alignzoo.plugins import discover
 
-    Console().print(show_rows(path, rows, split=split, format=format, columns=columns))
+    registry = discover(plugins)
+    Console().print(show_rows(path, rows, split=split, format=format, columns=columns, registry=registry))
 
 
 @data.command("lint")
@@ -114,7 +126,8 @@ def data_lint(
     if recipe:
         report = lint_recipe(load_recipe(recipe, overrides), limits, console, plugins)
     else:
-        report = lint_paths(paths, held, limits, console, split=split, format=format, columns=columns)
+        report = lint_paths(paths, held, limits, console, split=split, format=format, columns=columns,
+                            plugin_files=plugins)  # fmt: skip
     if html:
         from alignzoo.lint_page import write_page
 

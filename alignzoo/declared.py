@@ -16,6 +16,7 @@ from alignzoo.api import CONTRACT, INVARIANCES, KINDS, TOKEN_STATS, Loss
 from alignzoo.errors import PluginError
 
 DECLARED = ("name", "data", "Settings", "needs_reference")
+NAMED = ("name", "Settings")  # what a reward and a callback declare
 RESERVED = ("name", "weight")  # keys of [loss] that are not settings
 
 
@@ -25,17 +26,18 @@ def _is_names(value: Any, allowed: frozenset[str] | None = None) -> bool:
 
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_Rule = tuple[Callable[[Any], bool], str]
-_BY_SETTINGS: _Rule = (lambda v: isinstance(v, bool | property), "True, False, or a property")
-NAME_RULE: _Rule = (
+Rule = tuple[Callable[[Any], bool], str]
+_BY_SETTINGS: Rule = (lambda v: isinstance(v, bool | property), "True, False, or a property")
+NAME_RULE: Rule = (
     lambda v: isinstance(v, str) and _NAME.fullmatch(v) is not None,
     "lower-case letters, digits, - and _",
 )
-_RULES: dict[str, _Rule] = {
+CONTRACT_RULE: Rule = (lambda v: type(v) is int and v >= 1, "a whole number from 1")
+_RULES: dict[str, Rule] = {
     "name": NAME_RULE,
     "data": (lambda v: isinstance(v, str) and v in KINDS, "one of " + ", ".join(f'"{kind}"' for kind in KINDS)),
     "needs_reference": _BY_SETTINGS,
-    "contract": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+    "contract": CONTRACT_RULE,
     "token_stats": (lambda v: _is_names(v, TOKEN_STATS), "a set out of " + ", ".join(sorted(TOKEN_STATS))),
     "invariances": (lambda v: _is_names(v, frozenset(INVARIANCES)), "a set out of " + ", ".join(INVARIANCES)),
     "needs_mismatched": _BY_SETTINGS,
@@ -52,17 +54,7 @@ def check_loss_class(cls: type[Loss]) -> None:
     who = (
         f'loss "{cls.__dict__["name"]}"' if isinstance(cls.__dict__.get("name"), str) else f"loss class {cls.__name__}"
     )
-    contract = inspect.getattr_static(cls, "contract")
-    if type(contract) is int and contract > CONTRACT:
-        raise PluginError(
-            f"{who} is made for contract {contract} of alignzoo, and this alignzoo has contract {CONTRACT}",
-            fix="upgrade alignzoo: pip install -U alignzoo",
-        )
-    if type(contract) is int and 1 <= contract < CONTRACT:
-        raise PluginError(
-            f"{who} is made for contract {contract} of alignzoo, and this alignzoo has contract {CONTRACT}",
-            fix="upgrade the plugin, or install an alignzoo of its time",
-        )
+    check_contract(who, inspect.getattr_static(cls, "contract"))
     missing = [name for name in DECLARED if name not in vars(cls)]
     faults = ["does not declare " + ", ".join(missing) + " in the class itself"] if missing else []
     faults += _attribute_faults(cls, missing)
@@ -72,6 +64,30 @@ def check_loss_class(cls: type[Loss]) -> None:
         faults += settings_faults(cls.Settings, RESERVED, "[loss]")
     if faults:
         raise PluginError(f"{who}{place(cls)}: " + "; ".join(faults))
+
+
+def check_contract(who: str, contract: Any) -> None:
+    """Raises PluginError for what was written for another contract than this alignzoo's."""
+    if type(contract) is not int or contract < 1 or contract == CONTRACT:
+        return
+    raise PluginError(
+        f"{who} is made for contract {contract} of alignzoo, and this alignzoo has contract {CONTRACT}",
+        fix="upgrade alignzoo: pip install -U alignzoo" if contract > CONTRACT
+        else "upgrade the plugin, or install an alignzoo of its time",
+    )  # fmt: skip
+
+
+def named_faults(cls: type[Any], reserved: Sequence[str], table: str) -> list[str]:
+    """What is wrong with the name and the Settings of a class that has no other declarations."""
+    missing = [name for name in NAMED if name not in vars(cls)]
+    faults = ["does not declare " + ", ".join(missing) + " in the class itself"] if missing else []
+    if "name" not in missing:
+        faults += rule_faults("name", cls.name, NAME_RULE)
+    return faults + ([] if "Settings" in missing else settings_faults(cls.Settings, reserved, table))
+
+
+def rule_faults(name: str, value: Any, rule: Rule) -> list[str]:
+    return [] if rule[0](value) else [f"{name} = {schema.show(value)} (wanted: {rule[1]})"]
 
 
 def _attribute_faults(cls: type[Loss], missing: Sequence[str]) -> list[str]:

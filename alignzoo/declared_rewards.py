@@ -11,10 +11,9 @@ from typing import Any
 
 from alignzoo import schema
 from alignzoo.api import Reward, setting
-from alignzoo.declared import NAME_RULE, place, settings_faults
+from alignzoo.declared import NAME_RULE, named_faults, place, rule_faults, settings_faults
 from alignzoo.errors import PluginError
 
-DECLARED = ("name", "Settings")
 RESERVED = ("name", "weight", "timeout", "max_failures")  # keys of [[rewards]] that are not settings
 FIRST = ("prompts", "completions")
 
@@ -25,16 +24,11 @@ def reward_class(thing: Any) -> type[Reward]:
         return _of_function(thing)
     if not (isinstance(thing, type) and issubclass(thing, Reward)):
         raise PluginError(f"{schema.show(thing)} is neither a function nor a subclass of alignzoo.Reward")
-    missing = [name for name in DECLARED if name not in vars(thing)]
-    faults = ["does not declare " + ", ".join(missing) + " in the class itself"] if missing else []
-    if "name" not in missing:
-        faults += _name_faults(thing.name)
+    faults = named_faults(thing, RESERVED, "[[rewards]]")
     if thing.__call__ is Reward.__call__:
         faults.append("has no __call__")
     elif [p.kind for p in _parameters(thing.__call__)][1:3] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2:
         faults.append("__call__ takes (self, prompts, completions, **columns)")
-    if "Settings" not in missing:
-        faults += settings_faults(thing.Settings, RESERVED, "[[rewards]]")
     if faults:
         raise PluginError(f'reward "{vars(thing).get("name", thing.__name__)}"{place(thing)}: ' + "; ".join(faults))
     return thing
@@ -62,10 +56,6 @@ def _named(function: Callable[..., Any]) -> set[str] | None:
     return None if any(p.kind is p.VAR_KEYWORD for p in found) else {p.name for p in found}
 
 
-def _name_faults(name: Any) -> list[str]:
-    return [] if NAME_RULE[0](name) else [f"name = {schema.show(name)} (wanted: {NAME_RULE[1]})"]
-
-
 # --- functions -------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +79,7 @@ class _AsyncFunctionReward(_FunctionReward):
 def _of_function(function: Callable[..., Any]) -> type[Reward]:
     name = getattr(function, "name", function.__name__)
     parameters = _parameters(function)
-    faults = _name_faults(name)
+    faults = rule_faults("name", name, NAME_RULE)
     if tuple(p.name for p in parameters[:2]) != FIRST:
         faults.append("its first two parameters are not prompts and completions")
     of_settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]

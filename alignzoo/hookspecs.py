@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
-    from alignzoo.api import Loss, Reward
+    from alignzoo.api import Callback, Format, Loss, Reward
 
 PROJECT = "alignzoo"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,4 +31,16 @@ def alignzoo_losses() -> list[type[Loss]]:
 @hookspec
 def alignzoo_rewards() -> list[type[Reward] | Callable[..., Any]]:
     """The rewards that the plugin brings: classes or plain functions. Called once, when the plugin is loaded."""
+    return []
+
+
+@hookspec
+def alignzoo_formats() -> list[Format]:
+    """The formats of rows that the plugin brings: alignzoo.Format(...). Called once, when the plugin is loaded."""
+    return []
+
+
+@hookspec
+def alignzoo_callbacks() -> list[type[Callback]]:
+    """The callbacks that the plugin brings: classes, not instances. Called once, when the plugin is loaded."""
     return []

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from alignzoo.check import find_loss, room_for_completions
 from alignzoo.data.dataset import make_pipeline
+from alignzoo.data.formats_found import check_formats
 from alignzoo.data.lint import LintReport, lint
 from alignzoo.data.lint_rules import Finding, Thresholds
 from alignzoo.data.watch import Watch
@@ -33,6 +34,7 @@ def lint_paths(
     split: str | None = None,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
+    plugin_files: Sequence[Path] = (),
 ) -> LintReport:
     """Files as they are, without tokenizer and template. held: the files that are evaluated on."""
     train, held_out = (
@@ -40,13 +42,15 @@ def lint_paths(
         for group in (paths, held)
     )
     data = Data(train=paths[0], on_bad_row="skip")
-    return lint(train, held_out, data, limits, Watch(sayer(console), console))
+    registry = discover(plugin_files)
+    return lint(train, held_out, data, limits, Watch(sayer(console), console), registry=registry)
 
 
 def lint_recipe(recipe: Recipe, limits: Thresholds, console: Console, plugin_files: Sequence[Path] = ()) -> LintReport:
     """The data of a recipe as a run would read and tokenise it. Loads the tokenizer, no weights."""
     registry = discover(plugin_files)
     _, loss = find_loss(recipe, registry)
+    check_formats(recipe, registry)
     from alignzoo.model import load_tokenizer, locate  # torch: a misspelt loss is told before it is imported
 
     data = room_for_completions(recipe)
@@ -54,10 +58,11 @@ def lint_recipe(recipe: Recipe, limits: Thresholds, console: Console, plugin_fil
         locate(recipe.model.path, recipe.model.revision), trust_remote_code=recipe.model.trust_remote_code
     )
     train, held = (
-        [Source(path=named)] if isinstance(named, str) else list(named or ()) for named in (data.train, data.eval)
+        [Source(path=named, format=data.format)] if isinstance(named, str) else list(named or ())
+        for named in (data.train, data.eval)
     )
     pipeline = make_pipeline(data, "prompts" if recipe.rollout is not None else loss.data, tokenizer)
-    return lint(train, held, data, limits, Watch(sayer(console), console), pipeline=pipeline)
+    return lint(train, held, data, limits, Watch(sayer(console), console), pipeline=pipeline, registry=registry)
 
 
 def check_words(paths: Sequence[str], recipe: Path | None, given: Sequence[str]) -> None:

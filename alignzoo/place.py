@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from alignzoo.check import Job
 from alignzoo.checkpoint import CheckpointReader, latest_checkpoint, open_checkpoint, remove_after, remove_left_overs
+from alignzoo.data.formats_found import strangers
 from alignzoo.data.show import rendered_row
 from alignzoo.errors import AlignzooError
 from alignzoo.model import from_anywhere, hash_weights
-from alignzoo.plugins import LossInfo, RewardInfo
+from alignzoo.plugin_kinds import FormatInfo, Info
 from alignzoo.progress import Say
 from alignzoo.recipe import to_table
 from alignzoo.resume import check_inputs, find_run, make_ready, note_resume, recipe_changes, table_of
@@ -66,7 +67,8 @@ def _start(job: Job, command: Sequence[str], started: datetime, say: Say, held: 
     say(f"run directory: {run_dir.path}")
     say(f"the first row as text: {rendered_row(job.data.train[0], job.tokenizer)}")
     run_dir.write_recipe(_table(job))
-    for origin in dict.fromkeys(i.origin for i in (*job.infos, *job.rewards.infos) if i.distribution == "file"):
+    brought = (*job.infos, *job.rewards.infos, *_formats(job), *job.callbacks.infos)
+    for origin in dict.fromkeys(info.origin for info in brought if info.distribution == "file"):
         run_dir.copy_plugin(Path(origin))
     run_dir.write_json("manifest.json", _manifest(job, command, started))
     return run_dir.path
@@ -103,7 +105,9 @@ def _resume(
 
 def _table(job: Job) -> dict[str, Any]:
     model = dataclasses.replace(job.recipe.model, path=from_anywhere(job.recipe.model.path, job.location))
-    return to_table(dataclasses.replace(job.recipe, model=model), job.settings, job.rewards.settings)
+    return to_table(
+        dataclasses.replace(job.recipe, model=model), job.settings, job.rewards.settings, job.callbacks.settings
+    )
 
 
 def _manifest(job: Job, command: Sequence[str], started: datetime) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _manifest(job: Job, command: Sequence[str], started: datetime) -> dict[str, 
         command=command,
         seed=job.recipe.train.seed,
         started=started,
-        plugins=[_owner("loss", i) for i in job.infos] + [_owner("reward", i) for i in job.rewards.infos],
+        plugins=[_owner(i) for i in (*job.infos, *job.rewards.infos, *_formats(job))],  # callbacks change nothing
         data={f"{s.role}: {s.path}": s.sha256 for s in job.data.report.sources},
         weights={} if job.location is None else hash_weights(job.location),
         recipe_folder=job.recipe.tables.folder,
@@ -119,5 +123,13 @@ def _manifest(job: Job, command: Sequence[str], started: datetime) -> dict[str, 
     )
 
 
-def _owner(kind: str, info: LossInfo | RewardInfo) -> dict[str, str]:
-    return {kind: info.name, "distribution": info.distribution, "version": info.version, "label": info.label}
+def _formats(job: Job) -> list[FormatInfo]:
+    """The formats of plugins that the rows are read with."""
+    data = job.recipe.data
+    return strangers(
+        [s for sources in (data.train, data.eval) if isinstance(sources, tuple) for s in sources], job.registry
+    )
+
+
+def _owner(info: Info) -> dict[str, str]:
+    return {info.kind: info.name, "distribution": info.distribution, "version": info.version, "label": info.label}

@@ -1,4 +1,4 @@
-"""The plugin host: losses and rewards found by metadata, imported when needed, kept from breaking one another.
+"""The plugin host: what plugins bring, found by metadata, imported when needed, kept from breaking one another.
 
 `discover` reads the entry points of the group "alignzoo" without importing anything; a `Registry` imports them when
 something is asked for, each in a try of its own. alignzoo's own come through the same door. It imports no torch.
@@ -22,73 +22,21 @@ from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pluggy
 
 from alignzoo import hookspecs, schema
-from alignzoo.api import Loss, Reward
-from alignzoo.declared import check_loss_class, place
-from alignzoo.declared_rewards import reward_class
+from alignzoo.api import Loss
+from alignzoo.declared import place
 from alignzoo.errors import PluginError
 from alignzoo.plugin_errors import hook_fault, one_line, own_files
+from alignzoo.plugin_kinds import ALL, Info, LossInfo, RewardInfo
 
 GROUP = "alignzoo"
 BLOCK = "ALIGNZOO_BLOCK_PLUGINS"
 State = Literal["found", "loaded", "blocked", "broken"]
-
-
-@dataclass(frozen=True)
-class _Info:
-    """A class and who brought it."""
-
-    kind: ClassVar[str]
-    kinds: ClassVar[str]
-    hook: ClassVar[str]
-
-    cls: type[Any]
-    name: str
-    distribution: str  # "file" for --plugin, "python" for a class given from Python
-    version: str  # of the distribution; "sha256:..." of a file; "" where there is none
-    label: str  # the entry point's name; a file's stem
-    origin: str  # the module that the entry point names; a file's absolute path; a class's module and name
-
-    @property
-    def owner(self) -> str:
-        """The plugin in words, for errors."""
-        return f"{self.distribution} {self.version}".strip() + f' ("{self.label}", {self.origin})'
-
-    @staticmethod
-    def checked(thing: Any) -> type[Any]:
-        """What a hook returned, as a class. Raises PluginError where it breaks the contract."""
-        raise NotImplementedError
-
-
-class LossInfo(_Info):
-    """A loss class and who brought it."""
-
-    kind, kinds, hook = "loss", "losses", "alignzoo_losses"
-    cls: type[Loss]
-
-    @staticmethod
-    def checked(thing: Any) -> type[Any]:
-        check_loss_class(thing)
-        return thing  # type: ignore[no-any-return]
-
-
-class RewardInfo(_Info):
-    """A reward class, which a function may have been made into, and who brought it."""
-
-    kind, kinds, hook = "reward", "rewards", "alignzoo_rewards"
-    cls: type[Reward]
-
-    @staticmethod
-    def checked(thing: Any) -> type[Any]:
-        return reward_class(thing)
-
-
-_KINDS: tuple[type[_Info], ...] = (LossInfo, RewardInfo)
-T = TypeVar("T", bound=_Info)
+T = TypeVar("T", bound=Info)
 
 
 @dataclass(frozen=True)
@@ -99,14 +47,13 @@ class PluginStatus:
     distribution: str
     version: str
     state: State
-    losses: tuple[str, ...]
-    rewards: tuple[str, ...]
+    brings: Mapping[str, tuple[str, ...]]  # by kind: losses, rewards, formats, callbacks
     error: str
 
 
 @dataclass
 class _Plugin:
-    """One door to losses and rewards, and what became of it."""
+    """One plugin, and what became of it."""
 
     label: str
     distribution: str
@@ -116,12 +63,12 @@ class _Plugin:
     installed: bool = True  # False: a file that the user named, whose failure is not to be passed over
     state: State = "found"
     error: str = ""
-    found: tuple[_Info, ...] = ()
+    found: tuple[Info, ...] = ()
 
-    def info(self, kind: type[_Info], cls: type[Any]) -> _Info:
+    def info(self, kind: type[Info], cls: Any) -> Info:
         return kind(cls, cls.name, self.distribution, self.version, self.label, self.origin)
 
-    def names(self, kind: type[_Info]) -> tuple[str, ...]:
+    def names(self, kind: type[Info]) -> tuple[str, ...]:
         return tuple(info.name for info in self.found if isinstance(info, kind))
 
     def words(self) -> str:
@@ -129,7 +76,7 @@ class _Plugin:
 
 
 class Registry:
-    """The losses and rewards that can be had, by name. Made by `discover`; imports plugins when it is first asked.
+    """What plugins bring, by kind and name. Made by `discover`; imports plugins when it is first asked.
 
     `warnings` are lines for the user about the discovery itself, such as an unknown name among the blocked.
     """
@@ -140,11 +87,15 @@ class Registry:
 
     def losses(self) -> dict[str, LossInfo]:
         """Every loss whose name has one owner. Imports all plugins; raises PluginError for a broken --plugin file."""
-        return {name: owners[0] for name, owners in self._owners(LossInfo).items() if len(owners) == 1}
+        return self.all(LossInfo)
 
     def rewards(self) -> dict[str, RewardInfo]:
         """Every reward whose name has one owner; as `losses`."""
-        return {name: owners[0] for name, owners in self._owners(RewardInfo).items() if len(owners) == 1}
+        return self.all(RewardInfo)
+
+    def all(self, kind: type[T]) -> dict[str, T]:
+        """Everything of a kind whose name has one owner; as `losses`."""
+        return {name: owners[0] for name, owners in self._owners(kind).items() if len(owners) == 1}
 
     def duplicates(self, kind: type[T] = LossInfo) -> dict[str, tuple[T, ...]]:  # type: ignore[assignment]
         """The names that more than one class claims, and their owners. `get` refuses them."""
@@ -152,13 +103,14 @@ class Registry:
 
     def get(self, name: str) -> LossInfo:
         """The loss of that name. Raises PluginError where none or more than one has it, with the way out."""
-        return self._get(LossInfo, name)
+        return self.one(LossInfo, name)
 
     def reward(self, name: str) -> RewardInfo:
         """The reward of that name; as `get`."""
-        return self._get(RewardInfo, name)
+        return self.one(RewardInfo, name)
 
-    def _get(self, kind: type[T], name: str) -> T:
+    def one(self, kind: type[T], name: str) -> T:
+        """The one of a kind that has this name; as `get`."""
         owners = self._owners(kind)
         if name not in owners:
             raise self._unknown(kind, name, owners)
@@ -169,7 +121,7 @@ class Registry:
     def statuses(self) -> list[PluginStatus]:
         """All plugins as they stand now; imports none (`losses` does, and `plugin_table`)."""
         return [
-            PluginStatus(p.label, p.distribution, p.version, p.state, p.names(LossInfo), p.names(RewardInfo), p.error)
+            PluginStatus(p.label, p.distribution, p.version, p.state, {k.kinds: p.names(k) for k in ALL}, p.error)
             for p in self._plugins
         ]
 
@@ -195,7 +147,7 @@ class Registry:
                 owners[info.name] = (*before, info)
         return owners
 
-    def _unknown(self, kind: type[_Info], name: str, known: Iterable[str]) -> PluginError:
+    def _unknown(self, kind: type[Info], name: str, known: Iterable[str]) -> PluginError:
         names = sorted(known)
         broken = [p for p in self._plugins if p.state == "broken"]
         blocked = [p for p in self._plugins if p.state == "blocked"]
@@ -337,7 +289,7 @@ def _load(plugin: _Plugin) -> None:
         )
 
 
-def _call_hooks(plugin: Any, label: str) -> list[tuple[type[_Info], Any]]:
+def _call_hooks(plugin: Any, label: str) -> list[tuple[type[Info], Any]]:
     """Register on a manager of its own, compare all hooks with the specs, and ask for all that they bring."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -348,10 +300,10 @@ def _call_hooks(plugin: Any, label: str) -> list[tuple[type[_Info], Any]]:
         raise PluginError(hook_fault(manager, plugin) or str(error)) from error
     callers = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
     if not callers:
-        hooks = " or ".join(f"{kind.hook}()" for kind in _KINDS)
+        hooks = " or ".join(f"{kind.hook}()" for kind in ALL)
         raise PluginError(f"it implements no hook: is {hooks} there, and marked with @alignzoo.hookimpl?")
-    things: list[tuple[type[_Info], Any]] = []
-    for kind in (kind for kind in _KINDS if kind.hook in callers):
+    things: list[tuple[type[Info], Any]] = []
+    for kind in (kind for kind in ALL if kind.hook in callers):
         results = getattr(manager.hook, kind.hook)()
         if len(results) != 1 or not isinstance(results[0], list | tuple):
             got = type(results[0]).__name__ if results else "None"
@@ -360,7 +312,7 @@ def _call_hooks(plugin: Any, label: str) -> list[tuple[type[_Info], Any]]:
     return things
 
 
-def _checked(things: Sequence[tuple[type[_Info], Any]]) -> list[tuple[type[_Info], type[Any]]]:
+def _checked(things: Sequence[tuple[type[Info], Any]]) -> list[tuple[type[Info], type[Any]]]:
     faults, found = [], []
     for kind, thing in things:
         try:
@@ -385,7 +337,7 @@ def _likeness(name: str, plugin: _Plugin) -> float:
     return max(1.0 if name.lower() in word else SequenceMatcher(None, name.lower(), word).ratio() for word in bare)
 
 
-def _ambiguous(name: str, owners: Sequence[_Info]) -> PluginError:
+def _ambiguous(name: str, owners: Sequence[Info]) -> PluginError:
     labels = [info.label for info in owners if info.distribution not in ("file", "python")]
     outs = []
     for info in owners:
@@ -406,17 +358,11 @@ def make_loss(
     info: LossInfo, settings_table: Mapping[str, Any], problems: list[schema.Problem], path: schema.Path
 ) -> Loss | None:
     """A loss from the settings of its table in the recipe (without `name`). None where a problem was added."""
-    return _make(info, settings_table, problems, path)  # type: ignore[no-any-return]
+    return make(info, settings_table, problems, path)  # type: ignore[no-any-return]
 
 
-def make_reward(
-    info: RewardInfo, settings_table: Mapping[str, Any], problems: list[schema.Problem], path: schema.Path
-) -> Reward | None:
-    """A reward from its own settings; as `make_loss`."""
-    return _make(info, settings_table, problems, path)  # type: ignore[no-any-return]
-
-
-def _make(info: _Info, table: Mapping[str, Any], problems: list[schema.Problem], path: schema.Path) -> Any:
+def make(info: Info, table: Mapping[str, Any], problems: list[schema.Problem], path: schema.Path) -> Any:
+    """A loss, reward or callback from its own settings; as `make_loss`."""
     try:
         settings = schema.build(info.cls.Settings, table, path, problems)
         return None if settings is None else info.cls(settings)
@@ -443,6 +389,11 @@ def loss_table(registry: Registry) -> list[dict[str, Any]]:
 
 def reward_table(registry: Registry) -> list[dict[str, Any]]:
     """The rows of `alignzoo rewards --json`; as `loss_table`."""
+    return named_table(registry, RewardInfo)
+
+
+def named_table(registry: Registry, kind: type[Info]) -> list[dict[str, Any]]:
+    """The rows of a kind that has a name, settings and a docstring; as `loss_table`."""
     return [
         {
             "name": info.name,
@@ -450,7 +401,7 @@ def reward_table(registry: Registry) -> list[dict[str, Any]]:
             "settings": [dataclasses.asdict(row) for row in schema.rows_of(info.cls.Settings)],
             **_owner(info, doubled),
         }
-        for info, doubled in _all(registry, RewardInfo)
+        for info, doubled in _all(registry, kind)
     ]
 
 
@@ -460,7 +411,7 @@ def _all(registry: Registry, kind: type[T]) -> list[tuple[T, bool]]:
     return [(i, len(found) > 1) for _, found in owners for i in sorted(found, key=lambda i: i.distribution)]
 
 
-def _owner(info: _Info, duplicate: bool) -> dict[str, Any]:
+def _owner(info: Info, duplicate: bool) -> dict[str, Any]:
     keys = ("distribution", "version", "label", "origin")
     return {**{key: getattr(info, key) for key in keys}, "duplicate": duplicate}
 
@@ -484,6 +435,7 @@ def plugin_table(registry: Registry) -> list[dict[str, Any]]:
     """The rows of `alignzoo plugins --json`: every plugin, imported if it can be."""
     registry.load()
     return [
-        {**dataclasses.asdict(status), "losses": list(status.losses), "rewards": list(status.rewards)}
+        {key: value for key, value in vars(status).items() if key != "brings"}
+        | {kinds: list(names) for kinds, names in status.brings.items()}
         for status in registry.statuses()
     ]

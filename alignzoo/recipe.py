@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alignzoo.errors import RecipeError
 from alignzoo.recipe_file import Tables, read_tables, tables_from
@@ -17,6 +17,7 @@ from alignzoo.schema import Spec as _Spec
 from alignzoo.sections import (
     OPTIONAL,
     SECTIONS,
+    CallbackKeys,
     Checkpoint,
     Data,
     Engine,
@@ -35,9 +36,9 @@ from alignzoo.sections import (
 )
 
 __all__ = [
-    "KNOWN", "OPTIONAL", "SECTIONS", "Checkpoint", "Data", "Engine", "Eval", "LoRA", "Log", "LossChoice", "Model",
-    "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout", "Samples", "Source", "Train", "Watch",
-    "load_recipe", "problems_error", "to_table",
+    "KNOWN", "OPTIONAL", "SECTIONS", "CallbackChoice", "CallbackKeys", "Checkpoint", "Data", "Engine", "Eval", "LoRA",
+    "Log", "LossChoice", "Model", "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout", "Samples",
+    "Source", "Train", "Watch", "load_recipe", "problems_error", "to_table",
 ]  # fmt: skip
 
 
@@ -60,6 +61,14 @@ class RewardChoice(RewardKeys):
 
 
 @dataclass(frozen=True)
+class CallbackChoice(CallbackKeys):
+    """A table of [[callbacks]]; as RewardChoice."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    path: Key = field(default=("callbacks",), compare=False)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe. `losses` holds one loss; `where(key)` tells file and line."""
 
@@ -77,6 +86,7 @@ class Recipe:
     log: Log = Log()
     output: Output = Output()
     rewards: tuple[RewardChoice, ...] = ()
+    callbacks: tuple[CallbackChoice, ...] = ()
     tables: Tables = field(default_factory=Tables, repr=False, compare=False)
 
     @property
@@ -88,7 +98,8 @@ class Recipe:
         return RecipeError(f"{self.tables.locate(key)}: {what}", why=why, fix=fix)
 
 
-KNOWN = (*SECTIONS, "loss", "rewards")
+Choice = TypeVar("Choice", RewardChoice, CallbackChoice)
+KNOWN = (*SECTIONS, "loss", "rewards", "callbacks")
 
 
 def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -101,10 +112,11 @@ def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] |
     problems = list(tables.problems)
     sections = _build_sections(tables.content, problems)
     losses = _loss_choices(tables.content.get("loss"), problems)
-    rewards = _reward_choices(tables.content.get("rewards", []), problems)
+    rewards = _choices("rewards", RewardChoice, RewardKeys, tables.content, problems)
+    callbacks = _choices("callbacks", CallbackChoice, CallbackKeys, tables.content, problems)
     if problems:
         raise problems_error(tables, problems)
-    recipe = _resolve_paths(Recipe(losses=losses, rewards=rewards, tables=tables, **sections))
+    recipe = _resolve_paths(Recipe(losses=losses, rewards=rewards, callbacks=callbacks, tables=tables, **sections))
     problems = list(_sense_problems(recipe))
     if problems:
         raise problems_error(tables, problems)
@@ -172,23 +184,27 @@ def _loss_choices(tables: Any, problems: list[Problem]) -> tuple[LossChoice, ...
     return tuple(choices)
 
 
-def _reward_choices(tables: Any, problems: list[Problem]) -> tuple[RewardChoice, ...]:
+def _choices(
+    name: str, made: type[Choice], keys: type[Any], content: Mapping[str, Any], problems: list[Problem]
+) -> tuple[Choice, ...]:
+    """The tables of [[rewards]] or [[callbacks]]. keys: of the table itself; all others are settings."""
+    tables = content.get(name, [])
     if isinstance(tables, Raw):
         tables = parse_raw(tables, dict)
     if not isinstance(tables, list):
-        problems.append(Problem(("rewards",), '"rewards" is a list of tables: write [[rewards]]'))
+        problems.append(Problem((name,), f'"{name}" is a list of tables: write [[{name}]]'))
         return ()
-    choices, own = [], {f.name for f in dataclasses.fields(RewardKeys)}
+    choices, own = [], {f.name for f in dataclasses.fields(keys)}
     for i, table in enumerate(tables):
-        path: Key = ("rewards", i)
+        path: Key = (name, i)
         table = parse_raw(table, dict) if isinstance(table, Raw) else table
         if not isinstance(table, Mapping):
-            problems.append(Problem(path, f'{show(table)} is no table: write [[rewards]] with name = "..."'))
+            problems.append(Problem(path, f'{show(table)} is no table: write [[{name}]] with name = "..."'))
             continue
-        keys = build(RewardKeys, {k: v for k, v in table.items() if k in own}, path, problems)
-        if keys is not None:
+        found = build(keys, {k: v for k, v in table.items() if k in own}, path, problems)
+        if found is not None:
             settings = {k: v for k, v in table.items() if k not in own}
-            choices.append(RewardChoice(**vars(keys), settings=settings, path=path))
+            choices.append(made(**vars(found), settings=settings, path=path))
     return tuple(choices)
 
 
@@ -210,8 +226,11 @@ def _resolve_paths(recipe: Recipe) -> Recipe:
         if value is None:
             return None
         if isinstance(value, str):
-            return (Source(path=resolve(value, key)),)
-        return tuple(replace(s, path=resolve(s.path, (*key, i, "path"))) for i, s in enumerate(value))
+            return (Source(path=resolve(value, key), format=data.format),)
+        return tuple(
+            replace(s, path=resolve(s.path, (*key, i, "path")), format=data.format if s.format == "auto" else s.format)
+            for i, s in enumerate(value)
+        )
 
     data = recipe.data
     train, held_out = (sources(("data", key), getattr(data, key)) for key in ("train", "eval"))
@@ -266,6 +285,7 @@ def to_table(
     recipe: Recipe,
     loss_settings: Sequence[Mapping[str, Any]] = (),
     reward_settings: Sequence[Mapping[str, Any]] = (),
+    callback_settings: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The resolved recipe as a table that reads back as the same recipe; None is left out, as TOML has no null."""
     of_losses = loss_settings or [c.settings for c in recipe.losses]
@@ -279,13 +299,18 @@ def to_table(
     for name in SECTIONS:
         if (section := getattr(recipe, name)) is not None:
             table[name] = _plain(section)
-    if recipe.rewards:
-        own = [f.name for f in dataclasses.fields(RewardKeys)]
-        resolved = reward_settings or [choice.settings for choice in recipe.rewards]
-        table["rewards"] = [
-            {**{key: getattr(choice, key) for key in own}, **{k: v for k, v in settings.items() if v is not None}}
-            for choice, settings in zip(recipe.rewards, resolved, strict=True)
+    listed: tuple[tuple[str, type[Any], Any, Any], ...] = (
+        ("rewards", RewardKeys, recipe.rewards, reward_settings),
+        ("callbacks", CallbackKeys, recipe.callbacks, callback_settings),
+    )
+    for name, keys, choices, settings in listed:
+        resolved, own = settings or [choice.settings for choice in choices], [f.name for f in dataclasses.fields(keys)]
+        tables = [
+            {**{key: getattr(choice, key) for key in own}, **{k: v for k, v in of_plugin.items() if v is not None}}
+            for choice, of_plugin in zip(choices, resolved, strict=True)
         ]
+        if tables:
+            table[name] = tables
     return table
 
 

@@ -69,8 +69,8 @@ def reproduce(run_dir: Path, steps: int, say: Say, console: Console | None = Non
 
 
 def _run(before: RunDir, steps: int, folder: Path, console: Console) -> RunDir:
-    overrides = {"output.dir": str(folder), "log.run_name": "again", "log.trackers": [], "samples.prompts": [],
-                 "samples.from_eval": 0, "checkpoint.every_steps": 10**9}  # fmt: skip
+    overrides = {"output.dir": str(folder), "log.run_name": "again", "log.trackers": [], "callbacks": [],
+                 "samples.prompts": [], "samples.from_eval": 0, "checkpoint.every_steps": 10**9}  # fmt: skip
     recipe = load_recipe(before.path / "recipe.toml", overrides)
     plugins = sorted((before.path / "plugins").glob("*.py"))
     with suppress(Enough):

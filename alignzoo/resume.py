@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from alignzoo.progress import Say
 
 # sections that do not change what is learned
-FREE = ("engine", "checkpoint", "eval", "watch", "samples", "log", "output")
+FREE = ("engine", "checkpoint", "eval", "watch", "samples", "log", "output", "callbacks")
 _NO_TOTAL = ("constant",)  # schedules that do not depend on the number of steps
 _NO_TOTAL_WARMED = ("constant_with_warmup", "inverse_sqrt")  # nor do these, where train.warmup_steps is given
 _LENGTH = ("train.epochs", "train.max_steps")
@@ -249,7 +249,7 @@ def changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator
 
 def _check_plugins(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], say: Say) -> None:
     for old, new in zip(before, now, strict=True):
-        what = " ".join(f'{kind} "{new[kind]}"' for kind in ("loss", "reward") if kind in new)
+        what = " ".join(f'{kind} "{new[kind]}"' for kind in ("loss", "reward", "format") if kind in new)
         if old["distribution"] != new["distribution"]:
             raise PluginError(
                 f"the {what} came from {_owner(old)}, and now comes from {_owner(new)}",

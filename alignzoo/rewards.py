@@ -18,12 +18,14 @@ from numbers import Real
 from typing import Any
 
 from alignzoo.api import Reward, Values
+from alignzoo.choices import make_chosen
 from alignzoo.declared_rewards import is_async, takes
-from alignzoo.errors import AlignzooError, PluginError, RecipeError, RunError
-from alignzoo.plugins import Registry, RewardInfo, make_reward
+from alignzoo.errors import AlignzooError, PluginError, RunError
+from alignzoo.plugin_kinds import RewardInfo
+from alignzoo.plugins import Registry
 from alignzoo.progress import Say
-from alignzoo.recipe import Recipe, RewardChoice, problems_error
-from alignzoo.schema import Problem, nearest, show
+from alignzoo.recipe import Recipe, RewardChoice
+from alignzoo.schema import nearest, show
 
 WINDOW = 20  # calls that the share of failures is taken over
 GRACE = 1.0  # seconds that an async reward gets to end after its time, before its thread is left behind
@@ -199,20 +201,8 @@ class Rewards:
 
 def make_rewards(recipe: Recipe, registry: Registry, say: Say = print) -> Rewards:
     """The rewards of a recipe with their settings. Raises RecipeError that names the place; loads nothing."""
-    entries: list[_Entry] = []
-    problems: list[Problem] = []
-    for choice in recipe.rewards:
-        try:
-            info = registry.reward(choice.name)
-        except PluginError as error:
-            place = recipe.tables.locate((*choice.path, "name"))
-            raise RecipeError(f"{place}: {error.what}", why=error.why, fix=error.fix) from error
-        reward = make_reward(info, choice.settings, problems, choice.path)
-        if reward is not None:
-            same = sum(entry.choice.name == choice.name for entry in entries)
-            entries.append(_Entry(f"{choice.name}_{same + 1}" if same else choice.name, choice, info, reward))
-    if problems:
-        raise problems_error(recipe.tables, problems)
+    chosen = make_chosen(recipe, registry, RewardInfo, recipe.rewards)
+    entries = [_Entry(one.label, one.choice, one.info, one.thing) for one in chosen]
     return Rewards(recipe, entries, say)
 
 

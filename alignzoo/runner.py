@@ -6,8 +6,8 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import prompt_ids
 from alignzoo.data.watch import Watch
 from alignzoo.engine import Engine, Record
-from alignzoo.errors import AlignzooError
+from alignzoo.errors import AlignzooError, RunError
 from alignzoo.evalrows import RowScores, write_eval_rows
 from alignzoo.loading import check_head, choose_layout, load_models
 from alignzoo.logprobs import Scorer
@@ -31,7 +31,7 @@ from alignzoo.model import from_anywhere, load_model, locate, save_model
 from alignzoo.observer import Observer
 from alignzoo.place import Place, start_or_resume
 from alignzoo.precompute import Precompute
-from alignzoo.progress import said, sayer
+from alignzoo.progress import Say, said, sayer
 from alignzoo.recipe import Recipe, load_recipe
 from alignzoo.records import Sample
 from alignzoo.report import figures_table, finish, samples_table, summary
@@ -96,6 +96,8 @@ def run(
     job = make_job(recipe, say, live=given, plugin_files=plugins, losses=losses, watch=watch)
     with ExitStack() as held:
         place = start_or_resume(job, accelerator, resume, command, started, say, held)
+        if first:
+            held.enter_context(_told(job, place, say))
         dog = held.enter_context(Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path))
         reference = Precompute(job, accelerator, console)
         policy, frozen = load_models(job, accelerator, say)
@@ -107,6 +109,26 @@ def run(
         accelerator.wait_for_everyone()
     engine.holder.close()
     return result
+
+
+@contextmanager
+def _told(job: Job, place: Place, say: Say) -> Iterator[None]:
+    """Tells the callbacks of a run that it begins and how it ends."""
+    callbacks, began, folder = job.callbacks, time.monotonic(), str(place.run_dir.path)
+    callbacks.begin(say)
+    callbacks.call("run_started", {
+        "directory": folder, "recipe": job.recipe.name, "loss": job.loss.name, "steps": job.steps,
+        "rows": len(job.data.train), "held_out": len(job.data.eval), "resumed": place.reader is not None,
+    })  # fmt: skip
+    end = {"status": "finished", "error": "", "directory": folder, "model": f"{folder}/model"}
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        end |= {"status": status, "error": str(error) or type(error).__name__, "model": ""}
+        raise
+    finally:
+        callbacks.end({**end, "seconds": time.monotonic() - began})
 
 
 def run_chain(
@@ -148,11 +170,15 @@ def _engine(
     for line in zero_in_words(recipe, accelerator):
         say(line)
 
+    def sink(line: Record) -> None:
+        observer.see(line)
+        job.callbacks.see(line)
+
     def keep(step: int, trees: Sequence[Tree], scores: RowScores) -> None:
         if accelerator.is_main_process:
             write_eval_rows(place.run_dir.path, step, trees, scores)
 
-    engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=observer.see)
+    engine = Engine(recipe, job.loss, policy, job.reference, frozen, accelerator, console=console, sink=sink)
     engine.on_rows = keep
     check_head(job, engine)
     say(choose_layout(recipe, engine, job.data.train[0], recipe.data.max_length))
@@ -234,7 +260,18 @@ class Training:
     def _on_start(self, found: Record) -> bool:
         """Checks the names of metrics in the first evaluation, and tells whether the run ends before its first step."""
         self.stopping.check(found)
+        self._stop_by_callback(0)
         return self._ends(0, self.observer.reason())
+
+    def _stop_by_callback(self, step: int) -> None:
+        """Raises RunError on all ranks where a callback with `strict` failed; the first rank alone calls them."""
+        callbacks = self.job.callbacks
+        fault = same_everywhere(self.engine.accelerator, callbacks.fault) if callbacks.strict else ""
+        if fault:
+            raise RunError(
+                f"stopped after step {step}: {fault}", fix="mend what it depends on, or leave out its strict",
+                on_all_ranks=True,
+            )  # fmt: skip
 
     def _ends(self, step: int, reason: str) -> bool:
         if reason:
@@ -245,6 +282,7 @@ class Training:
         """Keeps the best model, writes a checkpoint where one is due, and tells whether the run ends here."""
         if step == self.stop_after:
             raise Enough(f"stopped after step {step}", on_all_ranks=True)
+        self._stop_by_callback(step)
         if self.stopping.look(found):
             self._keep_best(step)
         if self._ends(step, self.stopping.reason(found) or self.observer.reason()):
@@ -270,6 +308,7 @@ class Training:
             extra["rollouts"] = self.engine.online.state(step, self.engine.window)
         folder = save_snapshot(self.engine, self.checkpoints, step, extra, self.dog.beat)
         self.say(f"saved {folder}")
+        self.job.callbacks.call("checkpoint_saved", str(folder))
         if self.first:
             prune(self.checkpoints, self.recipe.checkpoint.keep, self.say, written=folder)
 

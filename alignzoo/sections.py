@@ -67,7 +67,7 @@ class Source:
     split: str | None = setting(None, "split of a saved or hub data set, e.g. train")
     weight: float = setting(1.0, "how often each row counts: 0.5 takes half of the rows, 2 each row twice", gt=0)
     limit: int | None = setting(None, "the first rows only", ge=1)
-    format: str = setting("auto", "format of the rows; auto: found from the columns")
+    format: str = setting("auto", "format of the rows; auto: data.format, or found from the columns")
     columns: dict[str, str] = setting({}, 'our column = the file\'s, e.g. {chosen = "good"}; added to data.columns')
 
 
@@ -91,6 +91,7 @@ class Data:
     train_on: Literal["every", "last"] = setting(
         "every", "of a conversation to imitate: every assistant turn is learned, or the last only"
     )
+    format: str = setting("auto", "format of the rows of sources that name none; auto: found from the columns")
     columns: dict[str, str] = setting({}, 'our column = the file\'s, e.g. {chosen = "good"}')
     keep: tuple[str, ...] = setting((), "numeric columns that the loss gets as batch.extra")
     on_bad_row: Literal["fail", "skip"] = setting(
@@ -263,6 +264,14 @@ class RewardKeys:
     max_failures: float = setting(
         0.1, "stop the run where more of its values failed, over the last 20 calls; 1: never", ge=0, le=1
     )
+
+
+@dataclass(frozen=True)
+class CallbackKeys:
+    """What every table of [[callbacks]] takes."""
+
+    name: str = setting(REQUIRED, "one of those that `alignzoo callbacks` lists")
+    strict: bool = setting(False, "end the run after the step in which it failed; else that is told and counted")
 
 
 SECTIONS: dict[str, type] = {

@@ -20,7 +20,8 @@ from alignzoo.data.rows import Example, content_hash
 from alignzoo.data.selection import short
 from alignzoo.data.sources import open_source
 from alignzoo.errors import DataError
-from alignzoo.plugins import LossInfo, Registry
+from alignzoo.plugin_kinds import LossInfo
+from alignzoo.plugins import Registry
 from alignzoo.recipe import Data, Source
 from alignzoo.schema import rows_of
 
@@ -73,14 +74,14 @@ class Suggestion:
 
 def suggest(source: Source, registry: Registry) -> Suggestion:
     """Reads all rows of a source once, and compares it with every installed loss. Raises DataError."""
-    facts = _facts(source)
+    facts = _facts(source, registry)
     fits = [_fit(info, facts) for _, info in sorted(registry.losses().items())]
     fits.sort(key=lambda fit: _FITS.index(fit.fits))
     return Suggestion(facts, tuple(_remarks(facts)), tuple(fits))
 
 
-def _facts(source: Source) -> Facts:
-    reading = read(open_source(source), source, Data(train=source.path, on_bad_row="skip"))
+def _facts(source: Source, registry: Registry) -> Facts:
+    reading = read(open_source(source), source, Data(train=source.path, on_bad_row="skip"), registry=registry)
     prompts: set[int] = set()
     judged: dict[bool, set[int]] = {True: set(), False: set()}
     labels: Counter[str] = Counter()

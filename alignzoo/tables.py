@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignzoo.data.agreement import AgreementReport
+from alignzoo.plugin_kinds import ALL
 from alignzoo.plugins import Registry
 
 Rows = Sequence[Mapping[str, Any]]
@@ -45,8 +46,8 @@ def print_losses(rows: Rows, registry: Registry) -> None:
     _end(console, registry)
 
 
-def print_rewards(rows: Rows, registry: Registry) -> None:
-    """A block for each reward; as `print_losses`."""
+def print_named(rows: Rows, registry: Registry) -> None:
+    """A block for each reward or callback; as `print_losses`."""
     console = Console()
     for row in rows:
         doubled = " (doubled: recipes cannot name it)" if row["duplicate"] else ""
@@ -77,10 +78,11 @@ def print_plugins(rows: Rows, registry: Registry) -> None:
     """A table of all plugins, with the error of each broken one."""
     console = Console()
     table = Table(title="plugins", show_lines=True)
-    for column in ("label", "distribution", "version", "state", "losses and rewards, or error"):
+    for column in ("label", "distribution", "version", "state", "what it brings, or error"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        what = row["error"] or ", ".join([*row["losses"], *row["rewards"]]) or "-"
+        brings = [f"{kind.kinds}: {', '.join(row[kind.kinds])}" for kind in ALL if row[kind.kinds]]
+        what = row["error"] or "\n".join(brings) or "-"
         cells = (row["label"], row["distribution"], row["version"], row["state"], what)
         table.add_row(*map(Text, cells))  # [x] in an error would be markup
     console.print(table)

@@ -27,8 +27,9 @@ from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.data.lint_rules import RULES
 from alignzoo.data.rows import REASONS
-from alignzoo.plugins import BLOCK, LossInfo, Registry, discover, loss_table, reward_table
-from alignzoo.recipe import SECTIONS, RewardKeys
+from alignzoo.plugin_kinds import CallbackInfo, LossInfo, RewardInfo
+from alignzoo.plugins import BLOCK, Registry, discover, loss_table, named_table
+from alignzoo.recipe import SECTIONS, CallbackKeys, RewardKeys
 from alignzoo.tables import reference_in_words
 
 DOCS = Path(__file__).resolve().parent
@@ -85,7 +86,11 @@ def sections() -> list[str]:
         for inner, places in nested(name, cls).items():
             lines += [f"### {' and '.join(places)}", "", *setting_rows(schema.rows_of(inner)), ""]
     about = "How good the model's own answers are. All other keys are the reward's own: see [rewards.md](rewards.md)."
-    return [*lines, "### [[rewards]]", "", about, "", *setting_rows(schema.rows_of(RewardKeys)), ""]
+    lines += ["### [[rewards]]", "", about, "", *setting_rows(schema.rows_of(RewardKeys)), ""]
+    about = (
+        "Who is told what happens in the run. All other keys are the callback's own: see [callbacks.md](callbacks.md)."
+    )
+    return [*lines, "### [[callbacks]]", "", about, "", *setting_rows(schema.rows_of(CallbackKeys)), ""]
 
 
 def nested(section: str, cls: type) -> dict[type, list[str]]:
@@ -140,20 +145,31 @@ def module_doc(info: LossInfo) -> str:
     return sys.modules[info.cls.__module__].__doc__ or ""
 
 
-# --- rewards.md
+# --- rewards.md and callbacks.md
 
 
 def rewards() -> list[str]:
     """The rewards that come with alignzoo, in a table and then each with its docstring and settings."""
-    registry = discover()
-    rows = [row for row in reward_table(registry) if row["distribution"] == "alignzoo"]
+    rows = own_rows(RewardInfo)
     lines = [*table(("reward", "value"), [(code(row["name"]), row["summary"]) for row in rows]), ""]
-    for row in rows:
-        cls = registry.reward(row["name"]).cls
-        own = schema.rows_of(cls.Settings)
-        lines += [f"#### {row['name']}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
-        lines += [*(setting_rows(own) if own else ["It has no settings."]), ""]
-    return lines
+    return [*lines, *(line for row in rows for line in described(RewardInfo, row, "####"))]
+
+
+def callbacks() -> list[str]:
+    """The callbacks that come with alignzoo, each with its docstring and settings."""
+    return [line for row in own_rows(CallbackInfo) for line in described(CallbackInfo, row, "##")]
+
+
+def own_rows(kind: type[RewardInfo | CallbackInfo]) -> list[Mapping[str, Any]]:
+    return [row for row in named_table(discover(), kind) if row["distribution"] == "alignzoo"]
+
+
+def described(kind: type[RewardInfo | CallbackInfo], row: Mapping[str, Any], level: str) -> list[str]:
+    """Docstring and settings of a class."""
+    cls = discover().one(kind, row["name"]).cls
+    own = schema.rows_of(cls.Settings)
+    settings = setting_rows(own) if own else ["It has no settings."]
+    return [f"{level} {row['name']}", "", inspect.cleandoc(cls.__doc__ or ""), "", *settings, ""]
 
 
 # --- cli.md
@@ -270,6 +286,8 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "layouts": layouts, "verified": verified, "rewards": rewards, "lint-rules": lint_rules, "checks": checks,
     "draws": draws, "invariances": invariances, "mutants": mutants,
     "example": partial(example, "alignzoo_ipo2.py"), "reward-example": partial(example, "alignzoo_brevity.py"),
+    "callbacks": callbacks, "format-example": partial(example, "alignzoo_shp.py"),
+    "callback-example": partial(example, "alignzoo_status.py"),
 }  # fmt: skip
 
 

@@ -25,8 +25,7 @@ import alignzoo
 from alignzoo import api, hookspecs, metrics, schema
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
-from alignzoo.declared import DECLARED
-from alignzoo.declared_rewards import DECLARED as DECLARED_BY_REWARDS
+from alignzoo.declared import DECLARED, NAMED
 from alignzoo.plugins import discover, loss_table, reward_table
 from alignzoo.recipe import KNOWN, SECTIONS, LoRA, RewardKeys, Source, load_recipe
 
@@ -164,7 +163,7 @@ def test_every_hook_and_every_declaration_is_documented() -> None:
 def test_every_reward_and_what_it_declares_is_documented() -> None:
     text = page("rewards.md")
     public = [name for name in vars(api.Reward) if not name.startswith("_")]
-    for name in (*DECLARED_BY_REWARDS, *public, "__call__"):
+    for name in (*NAMED, *public, "__call__"):
         assert f"| `{name}" in text, name
     for row in reward_table(discover()):
         part = text.split(f"\n#### {row['name']}\n")[1].split("\n#### ")[0]

@@ -50,9 +50,14 @@ def test_discovery_imports_no_plugin(install: Install) -> None:
     registry = discover()
     assert "zoo_lazy" not in sys.modules
     found = next(s for s in registry.statuses() if s.label == "lazy")
-    assert (found.state, found.distribution, found.version, found.losses) == ("found", "alignzoo-lazy", "1.0", ())
+    assert (found.state, found.distribution, found.version, found.brings["losses"]) == (
+        "found",
+        "alignzoo-lazy",
+        "1.0",
+        (),
+    )
     assert registry.get("lazy").cls.__module__ == "zoo_lazy"
-    assert status(registry, "lazy").state == "loaded" and status(registry, "lazy").losses == ("lazy",)
+    assert status(registry, "lazy").state == "loaded" and status(registry, "lazy").brings["losses"] == ("lazy",)
 
 
 def test_the_built_in_losses_come_through_the_same_door(install: Install) -> None:
@@ -61,7 +66,12 @@ def test_the_built_in_losses_come_through_the_same_door(install: Install) -> Non
     assert info.origin == "alignzoo_losses"
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["project"]["entry-points"] == {
-        "alignzoo": {"builtin": "alignzoo_losses", "builtin-rewards": "alignzoo_rewards"}
+        "alignzoo": {
+            "builtin": "alignzoo_losses",
+            "builtin-callbacks": "alignzoo_callbacks",
+            "builtin-formats": "alignzoo.data.formats",
+            "builtin-rewards": "alignzoo_rewards",
+        }
     }
 
 

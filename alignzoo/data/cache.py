@@ -18,7 +18,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import cache
 from importlib import metadata
@@ -40,7 +40,7 @@ _ASIDE = ".new-"  # what the name of a folder begins with until it is a complete
 _LOCK = ".lock"  # of each key one byte is locked while its store is made
 _LEFT_BEHIND = 24 * 3600  # seconds without a change after which nobody writes to such a folder any more
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
-_CHOICES = ("train", "eval", "eval_fraction")  # of [data]: made among rows that are prepared
+_CHOICES = ("train", "eval", "eval_fraction", "format")  # of [data]: among prepared rows, or each source has it
 _IN_WORDS = {"name": "", "source": ""}  # of a template: for messages, no row depends on them
 
 
@@ -279,10 +279,13 @@ def settings_key(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase, temp
     )
 
 
-def store_key(settings: str, source: Source, reader: str, digest: str) -> str:
-    """The key of a source's store. settings: a settings_key. reader, digest: what reads the content, and its hash."""
+def store_key(settings: str, source: Source, reader: str, digest: str, made_by: Sequence[Sequence[str]] = ()) -> str:
+    """The key of a source's store. settings: a settings_key. reader, digest: what reads the content, and its hash.
+
+    made_by: distribution, version and source hash of a plugin's format; alignzoo's own are in settings
+    """
     own = {k: v for k, v in dataclasses.asdict(source).items() if k not in ("path", "weight")}
-    return _hash({"settings": settings, "source": own, "content": [reader, digest]})
+    return _hash({"settings": settings, "source": own, "content": [reader, digest], "made_by": made_by})
 
 
 def _hash(parts: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from alignzoo.data.cache import DataCache, settings_key, store_key
 from alignzoo.data.encode import CUT, Pipeline
 from alignzoo.data.filling import Facts, StoppedByBadRows, fill
+from alignzoo.data.formats_found import strangers
 from alignzoo.data.reading import read
 from alignzoo.data.report import Report, SourceReport, lengths_of
 from alignzoo.data.rows import REASONS, bad_rows_error, note_lines
@@ -27,6 +28,7 @@ from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import Encoder, Limits
 from alignzoo.data.watch import Watch
 from alignzoo.errors import DataError
+from alignzoo.plugins import Registry
 from alignzoo.recipe import Data, Source
 from alignzoo.tree import Mask, Tree
 
@@ -78,6 +80,7 @@ def prepare(
     seed: int,
     say: Callable[[str], None],
     watch: Watch | None = None,
+    registry: Registry | None = None,
 ) -> Prepared:
     """All rows of a run as token trees.
 
@@ -87,12 +90,13 @@ def prepare(
     seed: of the run. Held-out and mismatched rows are chosen by content, so nothing here depends on it.
     say: gets the report line by line, and what the cache has to tell.
     watch: is told how far it is; lines by `say` if not given.
+    registry: where a format that the recipe names is looked for; alignzoo's own if not given.
 
     Raises DataError: a source that cannot be read, rows that cannot be used (data.on_bad_row = "fail"), nothing kept.
     """
     del seed
     pipeline = make_pipeline(data, kind, tokenizer)
-    loaded = _load(pipeline, _open(data, train, eval), say, watch or Watch(say))
+    loaded = _load(pipeline, _open(data, train, eval, registry), say, watch or Watch(say))
     train_side, eval_side, held_out = _sides(data, loaded)
     warnings = [*_warnings(pipeline, loaded), *_shared_prompts(train_side, eval_side)]
     cut: Counter[str] = Counter()
@@ -119,13 +123,14 @@ def held_out(
     eval: Any = None,
     say: Callable[[str], None],
     watch: Watch | None = None,
+    registry: Registry | None = None,
 ) -> Trees:
     """The held-out prompts of `prepared`, from the same sources, with their rows as another kind of data, each once.
 
     say: gets no report, but what the cache has to tell. Raises DataError as `prepare` does.
     """
     pipeline = make_pipeline(data, kind, tokenizer)
-    found = _open(data, train, eval)
+    found = _open(data, train, eval, registry)
     chosen = [one for one in found if one.role == "eval"] or found
     side = _Side.of(_load(pipeline, chosen, say, watch or Watch(say)))
     there = np.isin(side.column("prompt_key"), prepared.eval.column("prompt_key"))
@@ -149,18 +154,19 @@ class _Found:
     source: Source
     opened: Opened
     stamp: object  # of its content before it was hashed
+    registry: Registry | None  # where its format is looked for
 
 
-def _open(data: Data, train: Any, eval: Any) -> list[_Found]:
+def _open(data: Data, train: Any, eval: Any, registry: Registry | None) -> list[_Found]:
     found = []
     for role, live, named in (("train", train, data.train), ("eval", eval, data.eval)):
         if live is not None:
             opened = open_live(live, role)
-            found.append(_Found(role, Source(path=role), opened, opened.stamp()))
+            found.append(_Found(role, Source(path=role, format=data.format), opened, opened.stamp(), registry))
             continue
-        for source in (Source(path=named),) if isinstance(named, str) else named or ():
+        for source in (Source(path=named, format=data.format),) if isinstance(named, str) else named or ():
             opened = open_source(source)
-            found.append(_Found(role, source, opened, opened.stamp()))
+            found.append(_Found(role, source, opened, opened.stamp(), registry))
     return found
 
 
@@ -245,7 +251,7 @@ def _load(pipeline: Pipeline, found: Sequence[_Found], say: Callable[[str], None
 def _job(pipeline: Pipeline, found: _Found, watch: Watch) -> Callable[[StoreWriter], Mapping[str, Any]]:
     """What fills the store of a source; its format is found now."""
     opened = found.opened
-    reading = read(opened, found.source, pipeline.data, pipeline.kind)
+    reading = read(opened, found.source, pipeline.data, pipeline.kind, registry=found.registry)
     return lambda writer: fill(writer, pipeline, opened, reading, found.stamp, watch).table(opened.name)
 
 
@@ -265,7 +271,9 @@ def _keys(pipeline: Pipeline, found: Sequence[_Found], say: Callable[[str], None
         return keys
     for i, one in enumerate(found):
         if one.opened.reader:
-            keys[i] = store_key(settings, one.source, one.opened.reader, one.opened.digest())
+            formats = strangers([one.source], one.registry) if one.registry else []
+            made_by = [[info.distribution, info.version, info.source_hash()] for info in formats]
+            keys[i] = store_key(settings, one.source, one.opened.reader, one.opened.digest(), made_by)
     return keys
 
 

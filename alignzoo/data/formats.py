@@ -2,17 +2,19 @@
 
 A format's function takes a row with our column names, gives an Example, and raises BadRow or Dropped. Where the recipe
 names no format, the one of which most columns are there is taken: by our names before other names, and the first of
-FORMATS where two are alike.
+FORMATS where two are alike. FORMATS comes in by the hook that strangers' formats come in by (formats_found.py); those
+are never taken unless the recipe names them, so that what is installed does not change what a file is read as.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from alignzoo.api import Format
 from alignzoo.data import formats_chat as chat
 from alignzoo.data import formats_pairs as preferences
 from alignzoo.data import formats_plain as plain
@@ -20,6 +22,7 @@ from alignzoo.data.columns import listed
 from alignzoo.data.rows import Example
 from alignzoo.data.values import as_messages, optional_text, tool_definitions
 from alignzoo.errors import DataError
+from alignzoo.hookspecs import hookimpl
 from alignzoo.schema import nearest
 
 _PROMPT = ("question", "query", "problem", "input")
@@ -41,27 +44,13 @@ _OTHER_NAMES = {  # further names: for suggestions only, nothing is mapped by th
 }
 
 
-@dataclass(frozen=True)
-class Format:
-    """A shape of rows."""
-
-    name: str
-    kind: str  # demonstrations, pairs, labelled or prompts
-    columns: tuple[str, ...]  # all of them must be there
-    description: str
-    make: Callable[[Mapping[str, Any]], Example]
-    optional: tuple[str, ...] = ()  # read where they are there
-    looks: Callable[[Mapping[str, Any]], bool] | None = None  # whether a row of these columns can be of this format
-    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None  # adds columns for data.keep
-    adds: tuple[str, ...] = ()  # the columns that `derived` adds
-
-    def convert(self, row: Mapping[str, Any]) -> Example:
-        """A row with our column names as an example. Raises BadRow, and Dropped for one that is left out."""
-        example = self.make(row)
-        for column, add in _BESIDE.items():
-            if column in self.optional:
-                example = add(example, row)
-        return example
+def convert(known: Format, row: Mapping[str, Any]) -> Example:
+    """A row with our column names as an example. Raises BadRow, and Dropped for one that is left out."""
+    example: Example = known.make(row)
+    for column, add in _BESIDE.items():
+        if column in known.optional:
+            example = add(example, row)
+    return example
 
 
 def _with_system(example: Example, row: Mapping[str, Any]) -> Example:
@@ -168,6 +157,11 @@ FORMATS = (
 )  # fmt: skip
 
 
+@hookimpl
+def alignzoo_formats() -> list[Format]:
+    return list(FORMATS)
+
+
 # --- finding the format
 
 
@@ -188,7 +182,7 @@ class Match:
         return (*self.format.columns, *self.format.optional, *self.aliases.values())
 
     def convert(self, row: Mapping[str, Any]) -> Example:
-        return self.format.convert(self.named(row))
+        return convert(self.format, self.named(row))
 
     def named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row with our names beside the file's."""
@@ -197,13 +191,13 @@ class Match:
         return {**row, **{ours: row[theirs] for ours, theirs in self.aliases.items() if theirs in row}}
 
 
-def detect(found: Sequence[str], name: str, source: str, rows: Iterable[Mapping[str, Any]] = ()) -> Match:
+def detect(found: Sequence[str], name: str | Format, source: str, rows: Iterable[Mapping[str, Any]] = ()) -> Match:
     """The format of rows with these columns. name: "auto", or the one that the recipe names. Raises DataError.
 
     rows: the first of them, for formats that only differ in what stands in their columns.
     """
     if name != "auto":
-        return _named(found, name, source)
+        return _named(found, name if isinstance(name, Format) else _by_name(name, source), source)
     rows = list(rows)
     matches = [match for known in FORMATS if (match := _match(known, found)) and _looks(match, rows)]
     if matches:
@@ -241,20 +235,24 @@ def _nearly(found: Sequence[str]) -> bool:
     return any(all(_guess(column, found) for column in known.columns) for known in richer)
 
 
-def _named(found: Sequence[str], name: str, source: str) -> Match:
+def _by_name(name: str, source: str) -> Format:
     by_name = {known.name: known for known in FORMATS}
     if name not in by_name:
         raise DataError(
             f'{source}: unknown format "{name}"{nearest(name, by_name)}', why=f"known are {', '.join(by_name)}"
         )
-    match = _match(by_name[name], found)
+    return by_name[name]
+
+
+def _named(found: Sequence[str], known: Format, source: str) -> Match:
+    match = _match(known, found)
     if match is not None:
         return match
-    missing = [column for column in by_name[name].columns if column not in found]
+    missing = [column for column in known.columns if column not in found]
     raise DataError(
-        f'{source}: format "{name}" needs {", ".join(by_name[name].columns)}; missing: {", ".join(missing)}',
+        f'{source}: format "{known.name}" needs {", ".join(known.columns)}; missing: {", ".join(missing)}',
         why=f"columns found: {listed(found)}",
-        fix=_suggest([by_name[name]], found),
+        fix=_suggest([known], found),
     )
 
 

@@ -27,6 +27,7 @@ from alignzoo.data.selection import times
 from alignzoo.data.show import LABELS, NAMES, shortened
 from alignzoo.data.sources import open_source
 from alignzoo.data.watch import Watch
+from alignzoo.plugins import Registry
 from alignzoo.recipe import Data, Source
 
 _BATCH = 256  # rows that are tokenised at once
@@ -78,31 +79,35 @@ def lint(
     watch: Watch,
     *,
     pipeline: Pipeline | None = None,
+    registry: Registry | None = None,
 ) -> LintReport:
     """Looks at the rows of some sources.
 
     train, held: what is trained on and what is held out. data: how rows are read. pipeline: of a recipe, to look at the
-    tokens too. Raises DataError as `read` does, and for what the template refuses altogether.
+    tokens too. registry: as for `read`. Raises DataError as `read` does, and for what the template refuses altogether.
     """
     scan = Scan(limits)
     tokens = None if pipeline is None else TokenScan(pipeline, scan.hits)
     looked = []
     for held_out, sources in ((False, train), (True, held)):
         for source in sources:
-            looked.append(_look_at(scan, tokens, source, held_out, data, watch))
+            looked.append(_look_at(scan, tokens, source, held_out, data, watch, registry))
             watch.close()
     sides, words = _sides(scan, tokens, train, data)
     look_across(scan, sides)
     _say_languages(scan)
     rows = sum(one.rows for one in looked)
     found = findings(scan.hits, rows, limits, skip_bad=pipeline is not None and data.on_bad_row == "skip")
-    found = _with_texts(found, [*train, *held], data)
+    found = _with_texts(found, [*train, *held], data, registry)
     return LintReport(tuple(looked), words, pipeline is not None, tuple(found))
 
 
-def _look_at(scan: Scan, tokens: TokenScan | None, source: Source, held_out: bool, data: Data, watch: Watch) -> Looked:
+def _look_at(
+    scan: Scan, tokens: TokenScan | None, source: Source, held_out: bool, data: Data, watch: Watch,
+    registry: Registry | None,
+) -> Looked:  # fmt: skip
     opened, tally = open_source(source), CountedBadRows(hits=scan.hits)
-    reading = read(opened, source, data, None, tally)
+    reading = read(opened, source, data, None, tally, registry)
     scan.sources.append(Scanned(opened.name, held_out))
     kind = reading.format.kind if reading.format else ""
     change = converter(kind, tokens.pipeline.kind, opened.name, reading.columns)[0] if tokens and kind else None
@@ -150,13 +155,15 @@ def _say_languages(scan: Scan) -> None:
 # --- the rows that are named
 
 
-def _with_texts(found: Sequence[Finding], sources: Iterable[Source], data: Data) -> list[Finding]:
+def _with_texts(
+    found: Sequence[Finding], sources: Iterable[Source], data: Data, registry: Registry | None
+) -> list[Finding]:
     wanted = {row.where for finding in found for row in finding.rows}
     texts: dict[str, dict[str, str]] = {}
     for source in sources:
         if len(texts) == len(wanted):
             break
-        for example in read(open_source(source), source, data, None, Tally()).examples:
+        for example in read(open_source(source), source, data, None, Tally(), registry).examples:
             if example.where in wanted:
                 texts[example.where] = _texts(example)
                 if len(texts) == len(wanted):

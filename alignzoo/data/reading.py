@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
+from alignzoo.api import Format
 from alignzoo.data.columns import check_keep, check_mapping, numbers, rename
-from alignzoo.data.formats import Format, Match, detect
+from alignzoo.data.formats import Match, convert, detect
+from alignzoo.data.formats_found import named
 from alignzoo.data.kinds import choose_turns, converter
 from alignzoo.data.rows import BadRow, Dropped, Example, Row, Tally, Turns, bad_rows_error
 from alignzoo.data.selection import weight_key
 from alignzoo.data.sources import Opened
 from alignzoo.data.values import is_unicode
 from alignzoo.errors import DataError
+from alignzoo.plugins import Registry
 from alignzoo.recipe import Data, Source
 
 _PEEK = 32  # readable rows whose columns decide the format
@@ -63,7 +66,7 @@ class _Reader:
     def _examples(self, row: Row) -> tuple[Example, ...]:
         renamed = rename(row.values, self.mapping) if self.mapping else row.values
         values = self.match.named(renamed)
-        example = self.match.format.convert(values)
+        example = convert(self.match.format, values)
         drawn = weight_key(example)
         if self.prompts:
             example = replace(example, columns={name: v for name, v in renamed.items() if name != "prompt"})
@@ -77,13 +80,20 @@ class _Reader:
         return self.change(replace(example, extra=extra, where=row.where, notes=notes, weight_key=drawn))
 
 
-def read(opened: Opened, source: Source, data: Data, kind: str | None = None, tally: Tally | None = None) -> Reading:
+def read(
+    opened: Opened,
+    source: Source,
+    data: Data,
+    kind: str | None = None,
+    tally: Tally | None = None,
+    registry: Registry | None = None,
+) -> Reading:
     """Opens the pipeline of a source.
 
     kind: what the loss wants, and every example is converted to it; None: as the source holds them. Rows that cannot be
     used are counted in the tally when the examples are drawn. Raises DataError for a source without rows, columns that
     fit no format, a mapped or kept column that is not there, or a kind that cannot be made of it. tally: a new one if
-    not given.
+    not given. registry: where a format that the source names is looked for; alignzoo's own if not given.
     """
     tally, name = tally or Tally(), opened.name
     rows = _counted(islice(opened.rows, source.limit), tally)
@@ -96,7 +106,7 @@ def read(opened: Opened, source: Source, data: Data, kind: str | None = None, ta
     mapping = {**data.columns, **source.columns}
     check_mapping(found, mapping, name)
     columns = list(rename(dict.fromkeys(found), mapping))
-    match = detect(columns, source.format, name, [rename(row.values, mapping) for row in first])
+    match = detect(columns, named(source, registry), name, [rename(row.values, mapping) for row in first])
     check_keep([*columns, *match.format.adds], data.keep, name)
     known = match.format
     change, conversion = converter(known.kind, kind or known.kind, name, columns)

@@ -17,6 +17,7 @@ from alignzoo.data.reading import Reading, read
 from alignzoo.data.rows import REASONS, Example, Turns, describe, note_lines
 from alignzoo.data.sources import open_source
 from alignzoo.errors import DataError
+from alignzoo.plugins import Registry
 from alignzoo.recipe import Data, Source
 from alignzoo.tree import Completion, Ids, Tree
 
@@ -100,14 +101,15 @@ def show_rows(
     format: str = "auto",
     columns: dict[str, str] | None = None,
     width: int = 500,
+    registry: Registry | None = None,
 ) -> RenderableType:
     """What a source holds: format, kind, columns, all rows counted by reason, and the first `limit` rows.
 
-    columns: ours = theirs, as data.columns. width: characters shown of each turn. Raises DataError as `prepare` does,
-    but for single bad rows.
+    columns: ours = theirs, as data.columns. width: characters shown of each turn. registry: as for `read`. Raises
+    DataError as `prepare` does, but for single bad rows.
     """
     source = Source(path=path, split=split, format=format, columns=columns or {})
-    reading = read(open_source(source), source, Data(train=path, on_bad_row="skip"))
+    reading = read(open_source(source), source, Data(train=path, on_bad_row="skip"), registry=registry)
     first: list[Example] = []
     labels: Counter[bool | None] = Counter()
     for example in reading.examples:

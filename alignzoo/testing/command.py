@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignzoo.errors import PluginError
-from alignzoo.plugins import LossInfo, Registry
+from alignzoo.plugin_kinds import LossInfo
+from alignzoo.plugins import Registry
 from alignzoo.testing.kit import Oracle
 from alignzoo.testing.suite import Result, examine
 
