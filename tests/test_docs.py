@@ -22,12 +22,12 @@ import pytest
 import torch
 
 import alignzoo
-from alignzoo import api, hookspecs, metrics, schema
+from alignzoo import api, hookspecs, metrics, plugin_kinds, schema
 from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.declared import DECLARED, NAMED
-from alignzoo.plugins import discover, loss_table, reward_table
-from alignzoo.recipe import KNOWN, SECTIONS, LoRA, RewardKeys, Source, load_recipe
+from alignzoo.plugins import discover, loss_table, named_table, plugin_table, reward_table
+from alignzoo.recipe import KNOWN, SECTIONS, CallbackKeys, LoRA, RewardKeys, Source, load_recipe
 
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
@@ -130,6 +130,7 @@ def test_every_key_of_a_recipe_is_documented() -> None:
     tables = {part.split("\n")[0]: part for part in parts}
     classes = {f"[{name}]": cls for name, cls in SECTIONS.items()}
     classes |= {"[model.lora]": LoRA, "[[data.train]] and [[data.eval]]": Source, "[[rewards]]": RewardKeys}
+    classes["[[callbacks]]"] = CallbackKeys
     assert set(classes) == set(tables) - {parts[0].split("\n")[0]}
     for header, cls in classes.items():
         for field in dataclasses.fields(cls):
@@ -148,7 +149,7 @@ def test_the_default_budgets_are_those_of_the_engine() -> None:
 def test_every_hook_and_every_declaration_is_documented() -> None:
     text = page("plugins.md")
     hooks = [name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")]
-    assert hooks == ["alignzoo_losses", "alignzoo_rewards"]
+    assert hooks == [kind.hook for kind in plugin_kinds.ALL]
     public = [name for name in vars(api.Loss) if not name.startswith("_") and name != "has_prepare"]
     for name in (*hooks, *DECLARED, *public):
         assert f"`{name}" in text, name
@@ -167,6 +168,20 @@ def test_every_reward_and_what_it_declares_is_documented() -> None:
         assert f"| `{name}" in text, name
     for row in reward_table(discover()):
         part = text.split(f"\n#### {row['name']}\n")[1].split("\n#### ")[0]
+        assert row["summary"] in part and all(f"| `{setting['name']}` |" in part for setting in row["settings"])
+
+
+def test_every_format_field_and_callback_method_is_documented() -> None:
+    fields = [field.name for field in dataclasses.fields(api.Format)]
+    text = page("plugins.md").split("## A format of rows")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in text for name in fields)
+    for known in (known for known in FORMATS if known.name in ("pairs", "labelled", "prompts", "messages", "text")):
+        assert all(f"`{column}`" in text for column in known.columns) and f"`{known.kind}`" in text
+    text = page("callbacks.md")
+    for name in (*NAMED, "contract", *(f"{call}(" for call in api.CALLS)):
+        assert f"| `{name}" in text, name
+    for row in named_table(discover(), plugin_kinds.CallbackInfo):
+        part = text.split(f"\n## {row['name']}\n")[1].split("\n## ")[0]
         assert row["summary"] in part and all(f"| `{setting['name']}` |" in part for setting in row["settings"])
 
 
@@ -420,26 +435,30 @@ def test_recipes_on_the_pages_load(text: str, tmp_path: Path, monkeypatch: pytes
         own = {name: value for name, value in table.items() if name not in lists}
         merged = {name: {**SMALL.get(name, {}), **own.get(name, {})} for name in {**SMALL, **own}}
         recipe = load_recipe(merged | lists)
+    from alignzoo.callbacks import make_callbacks
     from alignzoo.check import find_loss
     from alignzoo.rewards import make_rewards
 
     monkeypatch.setenv("JUDGE_KEY", "a key")
     find_loss(recipe, discover())
     make_rewards(recipe, discover())
+    make_callbacks(recipe, discover())
 
 
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_on_the_pages(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin is loaded, a fragment has to compile; what needs no model is run."""
+    file = tmp_path / "page.py"
+    file.write_text(text, encoding="utf-8")
+    if "def alignzoo_formats" in text or "def alignzoo_callbacks" in text:
+        (status,) = [row for row in plugin_table(discover([file])) if row["distribution"] == "file"]
+        assert status["formats"] + status["callbacks"] in (["shp"], ["status-file"])  # test_doors.py runs both
+        return
     if "alignzoo_losses" in text:
-        file = tmp_path / "page.py"
-        file.write_text(text, encoding="utf-8")
         losses = [info for info in discover([file]).losses().values() if info.distribution == "file"]
         assert losses and callable(losses[0].cls())
         return
     if "alignzoo_rewards" in text:
-        file = tmp_path / "page.py"
-        file.write_text(text, encoding="utf-8")
         (info,) = [info for info in discover([file]).rewards().values() if info.distribution == "file"]
         values = info.cls()(["p", "p"], ["", "a red word"], keyword=["red", "red"])
         assert values == {"keyword": [0.0, 1.0], "brevity": [1.0, 0.94]}[info.name]

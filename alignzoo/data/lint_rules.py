@@ -11,7 +11,7 @@ from alignzoo.data.rows import NOTES, REASONS
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")  # the worst first
-_LATE = ("no-preference", "undesirable")  # reasons that rows are dropped by, in order as they are
+_LATE = ("no-preference", "left-out", "undesirable")  # reasons that rows are dropped by, in order as they are
 
 
 @dataclass(frozen=True)
