@@ -85,12 +85,12 @@ def make_job(
         say(f"WARNING: {warning}")
     infos, loss = find_loss(recipe, registry)
     rewards = make_rewards(recipe, registry, say)
+    callbacks = make_callbacks(recipe, registry)
     check_formats(recipe, registry)
     for info, one, choice in zip(infos, each_loss(loss), recipe.losses, strict=True):
         say(f"loss: {describe_loss(info, one)}" + (f", weight {choice.weight:g}" if len(infos) > 1 else ""))
     for name, how in moving_settings(recipe, loss).items():
         say(f"loss.{name} moves: {how}")
-    callbacks = make_callbacks(recipe, registry)
     for line in rewards.describe():
         say(f"reward: {line}")
     for line in callbacks.describe():

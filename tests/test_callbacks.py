@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from conftest import REPO
 from plugin_helpers import Install, installer, status
-from runs_helpers import metrics_of, weights_in, write_recipe
+from runs_helpers import finished, metrics_of, weights_in, write_recipe
 
 import alignzoo
 from alignzoo.api import CALLS
@@ -25,6 +25,7 @@ from alignzoo.cli import cli
 from alignzoo.errors import RecipeError, RunError
 from alignzoo.plugins import discover
 from alignzoo.recipe import Recipe, load_recipe, to_table
+from alignzoo.resume import recipe_changes
 from alignzoo.rundir import RunDir
 from alignzoo.runner import run
 
@@ -180,6 +181,18 @@ def test_a_strict_one_ends_the_run_after_the_step(tiny_folder: Path, tmp_path: P
     assert found[-1][0] == "run_ended" and found[-1][1]["status"] == "failed"
 
 
+def test_a_strict_one_ends_all_ranks(tiny_folder: Path, tmp_path: Path, recorder: Path) -> None:
+    """Only the first is called, and none waits for the other."""
+    calls = tmp_path / "calls"
+    file = write_recipe(tmp_path / "work", tiny_folder, samples__prompts=[], samples__from_eval=0)
+    table = f'callbacks=[{{name="recorder", path="{calls}", fail=["step_ended"], strict=true}}]'
+    _, err = finished(
+        tmp_path, "run", file, "--processes", "2", "--plugin", recorder, "--set", table, code=RunError.exit_code
+    )
+    assert err.count("stopped after step 1") == 1 and "step_ended went wrong" in err
+    assert [call for call, _ in calls_in(calls)] == ["run_started", "evaluated", "step_ended", "run_ended"]
+
+
 def test_the_generators_are_as_they_were(recorder: Path, tmp_path: Path) -> None:
     recipe = load_recipe({**SMALL, "callbacks": [{"name": "recorder", "path": str(tmp_path / "c")}]})
     callbacks = make_callbacks(recipe, discover([recorder]))
@@ -227,6 +240,8 @@ def test_a_resolved_recipe_reads_back() -> None:
         {"name": "webhook", "strict": True, "url": "http://x", "on": ("run_ended",), "seconds": 10.0}
     ]
     assert make_callbacks(load_recipe(table), discover()).settings == callbacks.settings
+    changed = {key: value for key, value in table.items() if key != "callbacks"}
+    assert [change.key for change in recipe_changes(table, changed)] == ["callbacks"]  # a run goes on without them
     assert callbacks.describe()[0].startswith('webhook (alignzoo 0.1.0): url = "http://x"')
 
 

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import REPO
 from plugin_helpers import Install, installer, status
+from runs_helpers import write_recipe
 from test_data_tokenizers import chat_tokenizer
 
 from alignzoo.cli import cli
@@ -23,6 +24,9 @@ from alignzoo.errors import DataError, PluginError, RecipeError
 from alignzoo.plugin_kinds import FormatInfo
 from alignzoo.plugins import BLOCK, Registry, discover
 from alignzoo.recipe import Data, Source, load_recipe
+from alignzoo.resume import check_inputs
+from alignzoo.rundir import RunDir
+from alignzoo.runner import run
 
 SHP = REPO / "tests/fixtures_plugins/alignzoo_shp.py"
 POSTS: list[dict[str, Any]] = [
@@ -207,6 +211,23 @@ def test_a_changed_file_reads_anew(tmp_path: Path) -> None:
     assert "Nine minutes." in texts(first)[0][0] and "Nine minutes." in texts(second)[0][1]
 
 
+def test_a_run_keeps_the_plugin_of_its_format_and_goes_on_with_the_same_only(tiny_folder: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, [{**POSTS[0], "history": f"{POSTS[0]['history']} {i}"} for i in range(4)])
+    file = write_recipe(
+        tmp_path / "work", tiny_folder, data__train=[{"path": path, "format": "shp"}], train__max_steps=1,
+        samples__prompts=[], samples__from_eval=0,
+    )  # fmt: skip
+    made = run(load_recipe(file), plugins=[SHP])
+    assert (made.run_dir / "plugins/alignzoo_shp.py").read_bytes() == SHP.read_bytes()
+    assert [s.format for s in load_recipe(made.run_dir / "recipe.toml").data.train] == ["shp"]
+    before = RunDir(made.run_dir).read_manifest()
+    own = before["plugins"][1]
+    assert (own["format"], own["distribution"]) == ("shp", "file") and own["version"].startswith("sha256:")
+    now = {**before, "plugins": [before["plugins"][0], {**own, "version": "sha256:other"}]}
+    with pytest.raises(PluginError, match='the plugin file of the format "shp" was changed'):
+        check_inputs(before, now, print)
+
+
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +314,6 @@ def test_the_commands_know_it(tmp_path: Path) -> None:
         result = CliRunner().invoke(cli, [*command, *words])
         assert result.exit_code == 0 and "shp" in result.output, result.output
     result = CliRunner().invoke(cli, ["data", "show", path, "--format", "shp"])
-    assert 'there is no format "shp"' in str(result.exception)
+    assert 'there is no format "shp"' in result.stderr
     rows = json.loads(CliRunner().invoke(cli, ["plugins", "--json"]).stdout)
     assert {row["label"]: row["formats"][:1] for row in rows if row["formats"]} == {"builtin-formats": ["labelled"]}
