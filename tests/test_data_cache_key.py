@@ -161,7 +161,7 @@ def test_versions_and_code_are_in_the_key(rows: str, monkeypatch: pytest.MonkeyP
 
 def test_every_setting_of_the_data_has_its_place() -> None:
     """A key that is added to [data] or to a source changes the rows, or is named as one that chooses among them."""
-    left_out = {"train", "eval", "eval_fraction", "chat_template"}
+    left_out = {"train", "eval", "eval_fraction", "format", "chat_template"}  # format: each source has its own
     assert {*cache_module._CHOICES, "chat_template"} == left_out
     assert left_out <= set(Data.__dataclass_fields__)
 
