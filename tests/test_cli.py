@@ -249,7 +249,8 @@ def test_plugins_loaded_blocked_and_broken(install: Install, monkeypatch: pytest
     result = call("plugins", "--json")
     rows = {row["label"]: row for row in json.loads(result.stdout)}
     assert {label: row["state"] for label, row in rows.items()} | {"builtin": "loaded"} == {
-        "builtin": "loaded", "builtin-rewards": "loaded", "good": "loaded", "bad": "broken", "shut": "blocked"
+        "builtin": "loaded", "builtin-callbacks": "loaded", "builtin-formats": "loaded", "builtin-rewards": "loaded",
+        "good": "loaded", "bad": "broken", "shut": "blocked",
     }  # fmt: skip
     assert rows["good"]["losses"] == ["good"] and rows["bad"]["error"].startswith(
         "ZeroDivisionError: division by zero ("
