@@ -164,12 +164,6 @@ def _kind_of_rows(recipe: Recipe, loss: Loss, rewards: Rewards) -> str:
                 fix="add at least one [[rewards]]; `alignzoo rewards` lists what there is",
             )  # fmt: skip
         return "prompts"
-    if loss.data == "groups":
-        raise recipe.error(
-            recipe.losses[0].path,
-            f'loss "{recipe.losses[0].name}" learns from groups of completions, and the recipe samples none',
-            fix="add a [rollout] section and at least one [[rewards]]",
-        )
     return loss.data
 
 

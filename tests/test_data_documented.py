@@ -17,12 +17,15 @@ from alignzoo.data.template import BUNDLED
 
 def as_documented(example: Example) -> str:
     """An example in the lines of docs/data.md."""
-    names = {"pairs": ("chosen", "rejected"), "prompts": ()}.get(example.kind, ("completion",))
+    answers = ("completion",) * len(example.completions)
+    names = {"pairs": ("chosen", "rejected")}.get(example.kind, answers)
     lines = _lines("prompt", example.prompt, learned=False) if example.prompt else []
     for name, completion in zip(names, example.completions, strict=True):
         lines += _lines(name, completion, learned=True)
     if example.label is not None:
         lines.append(("label", str(example.label).lower()))
+    if example.rewards is not None:
+        lines.append(("rewards", ", ".join(f"{reward:g}" for reward in example.rewards)))
     return "\n".join(f"{name:<12}{line}" for name, line in lines)
 
 

@@ -27,7 +27,7 @@ from runs_helpers import (
 )
 
 import alignzoo
-from alignzoo.errors import AlignzooError, RecipeError, RunError
+from alignzoo.errors import AlignzooError, DataError, RecipeError, RunError
 
 PLUGIN = '''"""A reward: the share of a letter in the answer, and one that fails on purpose."""
 import time
@@ -224,5 +224,5 @@ def test_failures_that_are_allowed_are_counted(tiny_folder: Path, tmp_path: Path
 
 def test_a_group_loss_without_rollouts_is_told_what_is_missing(tiny_folder: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path, tiny_folder, loss__name="grpo")
-    with pytest.raises(RecipeError, match=r"(?s)groups of completions.*\[rollout\]"):
+    with pytest.raises(DataError, match=r"(?s)the loss wants groups.*\[rollout\] and \[\[rewards\]\]"):
         alignzoo.run(file, console=Console(file=io.StringIO()))

@@ -11,7 +11,7 @@ from alignzoo.data.values import short, value
 from alignzoo.errors import DataError
 from alignzoo.schema import nearest
 
-_FLOAT32_MAX = 3.4028234e38
+FLOAT32_MAX = 3.4028234e38
 
 
 def listed(columns: Sequence[str]) -> str:
@@ -57,6 +57,6 @@ def _number(found: Any, column: str) -> float:
         number = float(found) if isinstance(found, bool | int | float | str) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= _FLOAT32_MAX:  # also refuses nan
+    if not abs(number) <= FLOAT32_MAX:  # also refuses nan
         raise BadRow("keep-not-a-number", f'column "{column}" is {short(found)}, not a finite number of 32 bits')
     return number

@@ -84,7 +84,7 @@ def prepare(
 ) -> Prepared:
     """All rows of a run as token trees.
 
-    kind: what the loss wants: "demonstrations", "pairs" or "labelled".
+    kind: what the loss wants: "demonstrations", "pairs", "labelled" or "groups".
     needs_mismatched: each tree also gets the completion of another prompt.
     train, eval: live data in place of what the recipe names: a list of dictionaries, or one split of a data set.
     seed: of the run. Held-out and mismatched rows are chosen by content, so nothing here depends on it.
@@ -140,7 +140,9 @@ def held_out(
 def make_pipeline(data: Data, kind: str, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
     """What all sources of a run share. Raises DataError where there is no such template."""
     template = choose_template(data, tokenizer)
-    return Pipeline(data, kind, tokenizer, template, Encoder(tokenizer, template), Limits.of(data, tokenizer))
+    return Pipeline(
+        data, kind, tokenizer, template, Encoder(tokenizer, template, kind), Limits.of(data, tokenizer, kind)
+    )
 
 
 # --- sources

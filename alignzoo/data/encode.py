@@ -101,7 +101,8 @@ class _Packer:
         completions = pieces.completions
         lengths = [len(completion.ids) for completion in completions]
         place, asked = example.where.removeprefix(self._name), _last_turn(example.prompt)
-        whole = [example.prompt, dict(example.columns)] if example.kind == "prompts" else []
+        whole: list[Any] = [example.prompt, dict(example.columns)] if example.kind == "prompts" else []
+        whole += [example.rewards] if example.rewards is not None else []
         text = json.dumps([place, asked, dict(example.extra), *whole], ensure_ascii=False, default=str)
         self._put("tokens", np.concatenate([pieces.prompt, *(c.ids for c in completions), packed_mask(completions)]))
         self._put("text", np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8))

@@ -129,6 +129,11 @@ FORMATS = (
         preferences.pairs_implicit, _CHAT,
     ),
     Format(
+        "groups", "groups", ("prompt", "completions", "rewards"),
+        "a prompt, a list of answers, and a list with the reward of each: a number, or null for none",
+        plain.groups, _CHAT,
+    ),
+    Format(
         "alpaca", "demonstrations", ("instruction", "output"),
         "instruction and, on the next line, input; output", plain.alpaca, _ALPACA,
     ),

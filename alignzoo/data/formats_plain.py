@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alignzoo.data.rows import BadRow, Example, Messages, Turns
+from alignzoo.data.columns import FLOAT32_MAX
+from alignzoo.data.rows import BadRow, Example, Messages, Turns, describe
 from alignzoo.data.values import (
     as_messages,
     column_text,
@@ -15,6 +17,7 @@ from alignzoo.data.values import (
     optional_text,
     same_shape,
     says_something,
+    short,
     text,
     turns,
     value,
@@ -93,6 +96,36 @@ def pair(prompt: Turns, chosen: Turns, rejected: Turns) -> Example:
     if completions[0] == completions[1]:
         raise BadRow("chosen-equals-rejected")
     return Example("pairs", prompt, completions)
+
+
+# --- groups
+
+
+def groups(row: Row) -> Example:
+    """A prompt with any number of answers, and a reward for each of them or null."""
+    answers, rewards = _listed(row, "completions"), _listed(row, "rewards")
+    if not answers:
+        raise BadRow("empty-completion", 'column "completions" is empty')
+    if len(rewards) != len(answers):
+        raise BadRow("bad-rewards", f"{len(answers)} completions and {len(rewards)} rewards")
+    named = {f"completions[{i}]": one for i, one in enumerate(answers)}
+    prompt, completions = same_shape(turns(row, "prompt"), [completion(turns(named, name), name) for name in named])
+    return Example("groups", prompt, completions, rewards=tuple(map(_reward, rewards)))
+
+
+def _listed(row: Row, column: str) -> Sequence[object]:
+    found = value(row, column)
+    if not isinstance(found, list | tuple):
+        raise BadRow("bad-rewards", f'column "{column}" is {describe(found)}, not a list')
+    return found
+
+
+def _reward(found: object) -> float:
+    if found is None:
+        return math.nan
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= FLOAT32_MAX:
+        raise BadRow("bad-rewards", f'column "rewards" holds {short(found)}, which is neither a number nor null')
+    return float(found)
 
 
 # --- text and prompts

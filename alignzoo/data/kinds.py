@@ -37,7 +37,7 @@ def _prompt_only(example: Example) -> tuple[Example, ...]:
         example = replace(choose_turns(example, "last"), notes=example.notes)
     if not says_something(example.prompt):
         raise BadRow("no-prompt")
-    return (replace(example, kind="prompts", completions=(), label=None),)
+    return (replace(example, kind="prompts", completions=(), label=None, rewards=None),)
 
 
 CONVERSIONS: dict[tuple[str, str], tuple[Callable[[Example], tuple[Example, ...]], str]] = {
@@ -46,14 +46,14 @@ CONVERSIONS: dict[tuple[str, str], tuple[Callable[[Example], tuple[Example, ...]
     ("labelled", "demonstrations"): (_desirable, "those labelled true; the others are dropped"),
     **{
         (kind, "prompts"): (_prompt_only, "the prompts, to be answered anew")
-        for kind in ("demonstrations", "pairs", "labelled")
+        for kind in ("demonstrations", "pairs", "labelled", "groups")
     },
 }
 SHAPES = {
     "demonstrations": "prompt and completion, or messages",
     "pairs": "prompt, chosen and rejected",
     "labelled": "prompt, completion and a label",
-    "groups": "prompts whose completions are sampled and rewarded during the run, see [rollout]",
+    "groups": "prompt, completions and the reward of each, or prompts and a recipe with [rollout] and [[rewards]]",
     "prompts": "prompts without an answer",
 }
 

@@ -24,7 +24,7 @@ from alignzoo.data.lint_tokens import TokenScan
 from alignzoo.data.reading import read
 from alignzoo.data.rows import Example, Tally
 from alignzoo.data.selection import times
-from alignzoo.data.show import LABELS, NAMES, shortened
+from alignzoo.data.show import LABELS, names_of, shortened
 from alignzoo.data.sources import open_source
 from alignzoo.data.watch import Watch
 from alignzoo.plugins import Registry
@@ -173,7 +173,7 @@ def _with_texts(
 
 def _texts(example: Example) -> dict[str, str]:
     parts = {"prompt": said(example.prompt)}
-    parts |= {name: said(turns) for name, turns in zip(NAMES[example.kind], example.completions, strict=True)}
+    parts |= {name: said(turns) for name, turns in zip(names_of(example), example.completions, strict=True)}
     if example.label is not None:
         parts["label"] = LABELS[example.label]
     return {name: shortened(text, _SHOWN) for name, text in parts.items() if text}

@@ -92,8 +92,8 @@ class Scan:
         self._keep(example, int(place[0]), prompt, answers, parts)
         for key, details in by_key(example.notes).items():
             self.hits.add(key, example.where, ", ".join(filter(None, details)))
-        self._look_at_texts(example.where, prompt, answers)
-        if len(answers) == 2:
+        self._look_at_texts(example, prompt, answers)
+        if example.kind == "pairs":
             self._look_at_pair(example.where, answers, jaccard(parts[1], parts[2]))
 
     def _keep(
@@ -109,7 +109,7 @@ class Scan:
             "row_key": example.weight_key,
             "prompt_key": short(content_hash(asked)),  # text without a prompt is its own
             "answers_key": short(content_hash(asked, sorted(keys))),
-            "label": int(ordered) if len(answers) == 2 else -1 if example.label is None else int(example.label),
+            "label": int(ordered) if example.kind == "pairs" else -1 if example.label is None else int(example.label),
             "first": len(answers[0]) if answers else 0,
             "second": len(answers[-1]) if answers else 0,
         }
@@ -118,8 +118,8 @@ class Scan:
         self._sketches["prompt"] += (sketch(parts[0]) if prompt else answer).tobytes()
         self._sketches["answer"] += answer.tobytes()
 
-    def _look_at_texts(self, where: str, prompt: str, answers: Sequence[str]) -> None:
-        texts = (prompt, *answers)
+    def _look_at_texts(self, example: Example, prompt: str, answers: Sequence[str]) -> None:
+        where, texts = example.where, (prompt, *answers)
         for rule, pattern in (("broken-text", _BROKEN), ("template-in-text", _MARKERS)):
             found = [match for text in texts for match in pattern.findall(text)]
             if found:
@@ -131,7 +131,7 @@ class Scan:
                 break
         asked, *spoken = [self.identifier.of(text) for text in texts]
         self.languages.update(spoken[:1])
-        if len(set(filter(None, spoken))) > 1:
+        if example.kind == "pairs" and len(set(filter(None, spoken))) > 1:
             self.hits.add("pair-languages", where, f"chosen {spoken[0]}, rejected {spoken[1]}")
         elif asked and spoken and spoken[0] and spoken[0] != asked:
             self.hits.add("answer-language", where, f"prompt {asked}, answer {spoken[0]}")

@@ -37,6 +37,7 @@ REASONS = {  # reason: in words. Bad rows, then what does not fit, then what is 
     "empty-completion": "a completion is empty",
     "chosen-equals-rejected": "chosen equals rejected",
     "label-not-bool": "the label is neither true nor false",
+    "bad-rewards": "the rewards are not a number or null for each completion",
     "bad-preference": "the preference is not a whole number from -3 to 3",
     "keep-not-a-number": "a column of data.keep is not a number",
     "refused": "the format of a plugin refuses the row",
@@ -109,10 +110,11 @@ class Example:
     A completion of messages begins with the assistant. Where it goes on with other turns, the assistant's are learned.
     """
 
-    kind: str  # demonstrations, pairs, labelled or prompts
+    kind: str  # demonstrations, pairs, labelled, groups or prompts
     prompt: Turns
     completions: tuple[Turns, ...]  # pairs: (chosen, rejected); prompts: none
     label: bool | None = None  # labelled
+    rewards: tuple[float, ...] | None = None  # groups, one for each completion; NaN where there is none
     extra: Mapping[str, float] = field(default_factory=dict)  # the columns of data.keep
     where: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()  # definitions of functions, for the chat template

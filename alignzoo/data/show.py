@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,13 @@ def _named_branches(tree: Tree) -> Iterator[tuple[str, Completion]]:
     yield from zip(names, tree.completions, strict=True)
     if tree.mismatched is not None:
         yield "mismatched, of another prompt and never learned", tree.mismatched
+
+
+def names_of(example: Example) -> Sequence[str]:
+    """What the completions of an example are called."""
+    if example.rewards is not None:
+        return [f"completion {i}, reward {reward:g}" for i, reward in enumerate(example.rewards, start=1)]
+    return NAMES[example.kind]
 
 
 def _section(text: Text, title: str) -> None:
@@ -163,7 +170,7 @@ def _parts(example: Example, width: int) -> Iterator[tuple[str, Text]]:
         yield "tools", Text(shortened(", ".join(names), width))
     if example.prompt:
         yield from _turn_rows("prompt", example.prompt, width)
-    for name, turns in zip(NAMES[example.kind], example.completions, strict=True):
+    for name, turns in zip(names_of(example), example.completions, strict=True):
         yield from _turn_rows(name, turns, width, learned=True)
     if example.label is not None:
         yield "label", Text(f"{str(example.label).lower()} ({LABELS[example.label]})")

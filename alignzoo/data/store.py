@@ -49,7 +49,7 @@ COLUMNS: dict[str, str] = {
     # of each row its prompt, its completions and, where some tokens do not count, a bit for each token of those
     "tokens": "<i4",
     # of each row a JSON list: its place in the source, what was asked last, its extra columns; of prompts also all that
-    # was asked, and the other columns
+    # was asked, and the other columns; of groups their rewards
     "text": "<u1",
 }
 _ENDS = {"tokens_end": "tokens", "text_end": "text", "completions_end": "lengths"}
@@ -167,11 +167,12 @@ class Store:
     def tree(self, index: int, row: int, mismatched: Completion | None = None) -> Tree:
         """The tree of a stored row, under its number in the data set."""
         place, _, extra, *whole = self._texts(index)
-        asked, columns = whole or ("", {})
+        asked, columns = whole if len(whole) == 2 else ("", {})
+        rewards = tuple(whole[0]) if len(whole) == 1 else None
         label = int(self._columns["label"][index])
         prompt, completions = self._tokens(index)
         return Tree(
-            row, prompt, completions, self.name + place, None if label < 0 else bool(label),
+            row, prompt, completions, self.name + place, None if label < 0 else bool(label), rewards,
             extra=extra, mismatched=mismatched, asked=asked, columns=columns,
         )  # fmt: skip
 

@@ -50,18 +50,19 @@ class Limits:
     completion: int | None
     mode: str  # drop, prompt_left or completion_right
     bos: int | None = None  # kept where a prompt is cut at its start
+    differ: bool = True  # two completions are chosen and rejected
 
     @classmethod
-    def of(cls, data: Data, tokenizer: PreTrainedTokenizerBase) -> Limits:
+    def of(cls, data: Data, tokenizer: PreTrainedTokenizerBase, kind: str) -> Limits:
         lengths = (data.max_length, data.max_prompt_length, data.max_completion_length)
-        return cls(*lengths, data.truncation, tokenizer.bos_token_id)
+        return cls(*lengths, data.truncation, tokenizer.bos_token_id, kind == "pairs")
 
 
 class Encoder:
     """Texts to ids, many at once; raw text with the BOS that the tokenizer adds and one EOS after it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-        self.tokenizer, self.raw = tokenizer, not template.chat
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, kind: str = "pairs") -> None:
+        self.tokenizer, self.raw, self.differ = tokenizer, not template.chat, kind == "pairs"
         self.before = _added_before(tokenizer)
         self.eos: int | None = tokenizer.eos_token_id
 
@@ -89,7 +90,7 @@ class Encoder:
         prompt, *others = (np.asarray(one, np.int32) for one in ids)
         wholes, cuts = others[: len(texts.wholes)], others[len(texts.wholes) :]
         try:
-            return split(prompt, wholes, [common_prefix(cut, wholes[0]) for cut in cuts])
+            return split(prompt, wholes, [common_prefix(cut, wholes[0]) for cut in cuts], self.differ)
         except BadRow as problem:
             return problem
 
@@ -98,10 +99,11 @@ def _flat(texts: Texts) -> tuple[str, ...]:
     return (texts.prompt, *texts.wholes, *(cut for pair in texts.cuts for cut in pair))
 
 
-def split(prompt: Ids, wholes: Sequence[Ids], cuts: Sequence[int] = ()) -> Pieces:
+def split(prompt: Ids, wholes: Sequence[Ids], cuts: Sequence[int] = (), differ: bool = True) -> Pieces:
     """Prompt and completions from the ids of the prompt and of prompt + completion. Raises BadRow.
 
     cuts: places in the first whole where a learned turn ends, the next begins, and so on.
+    differ: two completions are chosen and rejected, and must not be the same.
     """
     if not wholes:
         if not len(prompt):
@@ -121,7 +123,7 @@ def split(prompt: Ids, wholes: Sequence[Ids], cuts: Sequence[int] = ()) -> Piece
         Completion(whole[first:].copy(), _mask(first, start, len(whole), cuts if i == 0 else ()))
         for i, (start, whole) in enumerate(zip(starts, wholes, strict=True))
     )
-    if len(completions) == 2 and np.array_equal(completions[0].ids, completions[1].ids):
+    if differ and len(completions) == 2 and np.array_equal(completions[0].ids, completions[1].ids):
         raise BadRow("chosen-equals-rejected", "chosen and rejected have the same tokens")
     return Pieces(wholes[0][:first].copy(), completions, joined=min(shared) < len(prompt))
 
@@ -190,7 +192,7 @@ def _cut_completions(pieces: Pieces, limits: Limits) -> tuple[Pieces, tuple[str,
     kept = tuple(completion for completion in completions if completion is not None)
     if len(kept) < len(completions):
         raise Dropped("no-room-for-completion")
-    if len(kept) == 2 and np.array_equal(kept[0].ids, kept[1].ids):
+    if limits.differ and len(kept) == 2 and np.array_equal(kept[0].ids, kept[1].ids):
         raise Dropped("equal-after-cut")
     cut = replace(pieces, completions=kept)
     _within(cut, limits)

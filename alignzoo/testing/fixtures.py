@@ -23,7 +23,7 @@ from alignzoo.tree import Completion, Tree
 _NAMES = {"pairs": ("chosen", "rejected")}
 _ROW = ("label", "rewards", "truncated", "extra")
 _RESULTS = ("values", "loss", "gradient", "metrics")
-_CASE = ("settings", "rows", *_RESULTS)
+_CASE = ("settings", "before", "rows", *_RESULTS)
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def rows_of(kind: str, given: Sequence[Mapping[str, Any]], where: str) -> Rows:
     """Rows of a kind of data from plain lists of log-probs. Raises DataError for one that does not fit."""
-    trees, starts, values = [], {}, {"policy": list[float](), "reference": list[float]()}
+    trees, starts, values = [], {}, {name: list[float]() for name in ("policy", "reference", "old", "sampler")}
     for row, entry in enumerate(given):
         names = _NAMES.get(kind, ("completion",))
         known = (*names, "completions", "mismatched", *_ROW)
@@ -59,6 +59,8 @@ def rows_of(kind: str, given: Sequence[Mapping[str, Any]], where: str) -> Rows:
             starts[row, slot] = len(values["policy"])
             values["policy"] += side["policy"]
             values["reference"] += side.get("reference", [-1.0] * len(side["policy"]))
+            values["old"] += side.get("old", [])
+            values["sampler"] += side.get("sampler", [])
         made = [Completion(np.arange(1, 1 + len(s["policy"]), dtype=np.int32), _mask(s)) for s in branches]
         trees.append(
             Tree(
@@ -67,9 +69,13 @@ def rows_of(kind: str, given: Sequence[Mapping[str, Any]], where: str) -> Rows:
                 extra=entry.get("extra", {}), mismatched=made[-1] if "mismatched" in entry else None,
             )
         )  # fmt: skip
-    policy, reference = (torch.tensor(values[name], dtype=torch.float64) for name in ("policy", "reference"))
+    tables = {name: torch.tensor(found, dtype=torch.float64) for name, found in values.items() if found}
+    policy = tables["policy"]
+    for name, table in tables.items():
+        if len(table) != len(policy):
+            raise DataError(f'{where}: "{name}" has {len(table)} numbers for {len(policy)} tokens')
     stats = {"entropy": -policy, "log_sum_sq_probs": policy, "is_top1": policy > -0.5}
-    return Rows(tuple(trees), starts, policy, reference, stats)
+    return Rows(tuple(trees), starts, stats=stats, **tables)
 
 
 def _mask(side: Mapping[str, Any]) -> Any:
@@ -92,13 +98,14 @@ def check_fixtures(cls: type[Loss], path: Path) -> None:
     for number, case in enumerate(load(path), start=1):
         where = f"{path}, case {number}"
         try:
-            rows_of(cls.data, case["rows"], where)
+            rows_of(cls.data, case.get("before", []) + case["rows"], where)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{where}: {type(error).__name__}: {error}", fix="see docs/conformance.md") from error
 
 
 def _fault(loss: Loss, case: Mapping[str, Any], where: str) -> str:
-    outcome = run(loss, rows_of(loss.data, case["rows"], where))
+    state = run(loss, rows_of(loss.data, case["before"], where)).state if "before" in case else None
+    outcome = run(loss, rows_of(loss.data, case["rows"], where), state=state)
     pairs = [(f"metric {name}", outcome.metrics.get(name, math.nan), v) for name, v in case.get("metrics", {}).items()]
     pairs += [("the loss", outcome.loss.item(), case["loss"])] if "loss" in case else []
     lists = {"values": ("unit", outcome.values()), "gradient": ("token", outcome.gradient.tolist())}

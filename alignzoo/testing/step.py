@@ -121,10 +121,12 @@ def make_batch_of(
     scores = {"logps": table(policy), **{n: table(rows.stats[n].to(_like(rows.stats[n], policy)), 2.0)
               for n in objective.stats}}  # fmt: skip
     batch = objective.batch(Scored(trees, layout, scores, reference, step))
-    if isinstance(batch, Groups) and rows.old is not None and rows.sampler is not None:
-        width = batch.completion.mask.shape[1]
-        old, sampler = (table(v.to(policy.dtype), at)[:, :width] for v, at in ((rows.old, 3.0), (rows.sampler, 4.0)))
-        batch = replace(batch, old=old, sampler=sampler)
+    if isinstance(batch, Groups):
+        width, given = batch.completion.mask.shape[1], {"old": (rows.old, 3.0), "sampler": (rows.sampler, 4.0)}
+        made: dict[str, Any] = {
+            n: table(v.to(policy.dtype), at)[:, :width] for n, (v, at) in given.items() if v is not None
+        }
+        batch = replace(batch, **made)
     return widened(batch, how.wider, how.padding or 0.0) if how.wider else batch
 
 
