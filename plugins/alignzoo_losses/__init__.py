@@ -7,6 +7,7 @@ import alignzoo
 
 @alignzoo.hookimpl
 def alignzoo_losses() -> list[type[alignzoo.Loss]]:
+    from alignzoo_losses.alpha_dpo import AlphaDPO
     from alignzoo_losses.alphapo import AlphaPO
     from alignzoo_losses.aot import AOT
     from alignzoo_losses.apo import APO
@@ -26,6 +27,7 @@ def alignzoo_losses() -> list[type[alignzoo.Loss]]:
     from alignzoo_losses.orpo import ORPO
     from alignzoo_losses.robust import Robust
     from alignzoo_losses.rpo import RPO
+    from alignzoo_losses.rrhf import RRHF
     from alignzoo_losses.sft import SFT
     from alignzoo_losses.simpo import SimPO
     from alignzoo_losses.slic import SLiC
@@ -34,4 +36,4 @@ def alignzoo_losses() -> list[type[alignzoo.Loss]]:
 
     supervised = [SFT, DFT]
     preference = [DPO, IPO, Hinge, ORPO, SimPO, AlphaPO, CPO, Robust, RPO, APO, SPPO, NCA, EXO, BCO, DiscoPOP, AOT]
-    return [*supervised, *preference, SLiC, FDPO, WPO, KTO, UnpairedBCO, GRPO]
+    return [*supervised, *preference, SLiC, FDPO, WPO, AlphaDPO, KTO, UnpairedBCO, GRPO, RRHF]

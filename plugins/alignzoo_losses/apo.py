@@ -4,7 +4,8 @@
     zero: L = 1 - sigmoid(r(y_w)) + sigmoid(r(y_l))
     down: L = sigmoid(r(y_w)) + 1 - sigmoid(r(y_w) - r(y_l))
 
-Reduction: per example. Both are the paper's variants. zero raises the chosen completion and lowers the rejected one:
+Reduction: per example. Both are the paper's variants; its losses are lower by the 1, which is there as in TRL and
+changes no gradient. zero raises the chosen completion and lowers the rejected one:
 for chosen answers that are better than the model's own. down lowers both, the rejected one more: for chosen answers
 that are worse than the model's own. The unpaired form of zero is kto with baseline = "none".
 """
