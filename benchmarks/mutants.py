@@ -100,6 +100,10 @@ def _places(tree: ast.Module) -> list[Any]:
                 p for f in flags for p in ast.walk(f) if isinstance(p, ast.Constant) and isinstance(p.value, bool)
             ]
     hidden = {id(p) for n in _of_type(tree, ast.AnnAssign) for p in ast.walk(n.annotation)}
+    documented = [
+        n for n in _of_type(tree, ast.FunctionDef) if ast.get_docstring(n)
+    ]  # functions inside of functions too
+    hidden |= {id(n.body[0].value) for n in documented}
     unread = [n for n in _of_type(tree, ast.keyword) if n.arg in _UNREAD]
     hidden |= {id(p) for n in (*unread, *_of_type(tree, ast.Assert | ast.Raise)) for p in ast.walk(n)}
     unique = {id(node): node for node in found if id(node) not in hidden}

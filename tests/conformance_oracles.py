@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import test_losses
 from loss_helpers import tokens
-from test_losses_grpo import advantages_by_hand
+from test_losses_grpo import advantages_by_hand, deviation
 from zoo_cases import log_probs, log_ratios
 
 Oracle = Callable[[Any, Any], dict[str, Any]]
@@ -189,44 +190,114 @@ def grpo(batch: Any, s: Any) -> dict[str, Any]:
     policy = tokens(part.policy, mask)
     old, sampler = (policy if t is None else tokens(t, mask) for t in (batch.old, batch.sampler))
     advantages = advantages_by_hand(batch.rewards.tolist(), batch.group.tolist(), s.baseline, s.advantage_scale)
-    high = 1 + (s.epsilon if s.epsilon_high is None else s.epsilon_high)
     reference = tokens(part.reference, mask) if s.beta else policy
-    rows, gaps, kls, cut = [], [], [], []
-    for i, row in enumerate(policy):
-        if math.isnan(batch.rewards[i]) or (s.mask_truncated and batch.truncated[i]):
-            continue
-        moved = [p - o for p, o in zip(row, old[i], strict=True)]
+    rewards = zip(batch.rewards.tolist(), batch.truncated.tolist(), strict=True)
+    counted = [i for i, (r, cut) in enumerate(rewards) if not (math.isnan(r) or (s.mask_truncated and cut))]
+    rows, seen = [], _Seen()
+    for i in counted:
+        moved = [p - o for p, o in zip(policy[i], old[i], strict=True)]
         drift = [o - q for o, q in zip(old[i], sampler[i], strict=True)]
-        values = []
-        for t, p in enumerate(row):
-            w = math.exp(moved[t] if s.importance == "token" else mean(moved))
-            low = 0.0 if s.surrogate == "cispo" else 1 - s.epsilon
-            gain = min(w * advantages[i], min(max(w, low), high) * advantages[i])
-            gain = min(w, high) * advantages[i] * p if s.surrogate == "cispo" else gain
-            c = {"none": 1.0, "token": math.exp(drift[t]), "sequence": math.exp(sum(drift))}[s.sampler_correction]
-            if s.sampler_correction != "none" and c > s.sampler_cap:
-                c = s.sampler_cap if s.sampler_excess == "truncate" else 0.0
-            x = reference[i][t] - p
-            kls.append(math.exp(x) - x - 1)
-            cut.append(float((w < low and advantages[i] < 0) or (w > high and advantages[i] > 0)))
-            values.append(-gain * c + s.beta * kls[-1])
-        rows.append(values)
-        gaps += drift
+        ratios = [math.exp(m) for m in moved] if s.importance == "token" else [math.exp(mean(moved))]
+        gains = seen.gains(ratios, advantages[i], s) * (1 if s.importance == "token" else len(moved))
+        weights = seen.weights(drift, s) * (len(moved) if s.sampler_correction != "token" else 1)
+        apart = [reference[i][t] - p for t, p in enumerate(policy[i])]
+        seen.kls += [math.exp(x) - x - 1 for x in apart]
+        seen.drift += drift
+        cispo = s.surrogate == "cispo"
+        gains = [g * (p if cispo else 1.0) for g, p in zip(gains, policy[i], strict=True)]
+        rows.append([-g * c + s.beta * (math.exp(x) - x - 1) for g, c, x in zip(gains, weights, apart, strict=True)])
     found = {"values": [v for row in rows for v in row]}
     if s.aggregation != "token":
         found["values"] = [sum(row) / (len(row) if s.aggregation == "sequence" else s.constant_length) for row in rows]
-    logged = {"frac_masked": 1 - len(rows) / len(policy)}
-    if gaps and s.importance == "token":
-        logged["clip_ratio/region"] = mean(cut)
-    logged |= {"kl": mean(kls)} if kls and s.beta else {}
-    if gaps and batch.sampler is not None:
-        logged |= {"sampler/kl": -mean(gaps), "sampler/logp_difference_max": max(map(abs, gaps))}
+    flat = [deviation([q for q, h in zip(batch.rewards.tolist(), batch.group.tolist(), strict=True)
+                       if h == g and not math.isnan(q)] or [0.0]) == 0 for g in batch.group.tolist()]  # fmt: skip
+    logged = {"frac_masked": 1 - len(rows) / len(policy), "frac_reward_zero_std": mean(flat)}
+    if rows:
+        logged |= {f"clip_ratio/{name}": mean(cut) for name, cut in seen.cut.items()}
+        logged["entropy"] = mean([v for i in counted for v in tokens(part.entropy, mask)[i]])
+        logged |= {"kl": mean(seen.kls)} if s.beta else {}
+        logged |= seen.of_sampler(s) if batch.sampler is not None else {}
     return {**found, "metrics": logged}
+
+
+@dataclass
+class _Seen:
+    """What is logged of GRPO, collected completion after completion."""
+
+    cut: dict[str, list[float]] = field(default_factory=lambda: {"low": [], "high": [], "region": []})
+    kls: list[float] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
+    capped: list[float] = field(default_factory=list)
+
+    def gains(self, ratios: list[float], advantage: float, s: Any) -> list[float]:
+        """The clipped surrogate, or the detached weight of CISPO, of each ratio."""
+        low, high = 1 - s.epsilon, 1 + (s.epsilon if s.epsilon_high is None else s.epsilon_high)
+        for w in ratios:
+            below = s.surrogate == "clipped" and w < low and advantage < 0
+            above = w > high and advantage > 0
+            for name, cut in (("low", below), ("high", above), ("region", below or above)):
+                self.cut[name].append(float(cut))
+        if s.surrogate == "cispo":
+            return [min(w, high) * advantage for w in ratios]
+        return [min(w * advantage, min(max(w, low), high) * advantage) for w in ratios]
+
+    def weights(self, drift: list[float], s: Any) -> list[float]:
+        """The correction for the sampler, of each token or of the completion."""
+        if s.sampler_correction == "none":
+            return [1.0]
+        whole = [math.exp(d) for d in drift] if s.sampler_correction == "token" else [math.exp(sum(drift))]
+        beyond = s.sampler_cap if s.sampler_excess == "truncate" else 0.0
+        self.capped += [float(c > s.sampler_cap) for c in whole]
+        self.weight += (cut := [c if c <= s.sampler_cap else beyond for c in whole])
+        return cut
+
+    def of_sampler(self, s: Any) -> dict[str, float]:
+        gaps = [abs(d) for d in self.drift]
+        found = {"kl": -mean(self.drift), "logp_difference": mean(gaps), "logp_difference_max": max(gaps)}
+        if s.sampler_correction != "none":
+            found |= {"weight": mean(self.weight), "capped": mean(self.capped)}
+        return {f"sampler/{name}": value for name, value in found.items()}
+
+
+def rrhf(batch: Any, s: Any) -> dict[str, Any]:
+    """A loop over the pairs of completions of each prompt."""
+    rows, rewards, group = log_probs(batch.completion), batch.rewards.tolist(), batch.group.tolist()
+    p, values, ranks, surprises, right = [mean(row) for row in rows], [], [], [], []
+    for prompt in sorted(set(group)):
+        members = [i for i, g in enumerate(group) if g == prompt and not math.isnan(rewards[i])]
+        if not members:
+            continue
+        ordered = [(i, j) for i in members for j in members if rewards[i] < rewards[j]]
+        ranks.append(math.fsum(p[i] - p[j] for i, j in ordered if p[i] > p[j]))
+        right += [float(p[j] > p[i]) for i, j in ordered]
+        best = max(members, key=lambda i: (rewards[i], -i))
+        surprises += [-v for v in rows[best]]
+        values.append(ranks[-1] - s.nll_weight * sum(rows[best]))
+    logged = {"rank_loss": mean(ranks), "nll_loss": mean(surprises)} if ranks else {}
+    return {"values": values, "metrics": logged | ({"rank_accuracy": mean(right)} if right else {})}
+
+
+def alpha_dpo(batch: Any, s: Any) -> dict[str, Any]:
+    """A first step: mean and std are those of the batch."""
+    p, q = ([[mean(row) for row in rows] for rows in sides] for sides in _policy_and_reference(batch))
+    n = range(len(p[0]))
+    ahead = [p[0][i] - q[0][i] - p[1][i] + q[1][i] for i in n] if s.alpha else [0.0 for _ in n]
+    targets = [s.gamma + s.alpha * (m - mean(ahead)) / (deviation(ahead) + 1e-4) for m in ahead]
+    values = [softplus(targets[i] - s.beta * (p[0][i] - p[1][i])) for i in n]
+    return of_pairs(values, scaled(p[0], s.beta), scaled(p[1], s.beta), target_margin=mean(targets))
+
+
+def _policy_and_reference(batch: Any) -> list[list[list[list[float]]]]:
+    """The log-probs of chosen and rejected tokens, by the policy and by the reference, else the policy again."""
+    sides = (batch.chosen, batch.rejected)
+    against = [tokens(x.policy if x.reference is None else x.reference, x.mask) for x in sides]
+    return [[log_probs(side) for side in sides], against]
 
 
 ORACLES: dict[str, Oracle] = {
     "sft": sft, "dft": dft, "orpo": orpo, "rpo": rpo, "cpo": cpo, "wpo": wpo, "bco": bco, "bco_unpaired": bco_unpaired,
-    "kto": kto, "aot": aot, "grpo": grpo,
+    "kto": kto, "aot": aot, "grpo": grpo, "rrhf": rrhf, "alpha_dpo": alpha_dpo,
     "dpo": with_rewards(dpo_reward, "dpo"), "ipo": with_rewards(ipo_reward, "ipo"),
     "fdpo": with_rewards(fdpo_reward, "fdpo"), "alphapo": with_rewards(alphapo_reward, "alphapo"),
     **{name: on_log_ratios(name) for name in ("hinge", "robust", "apo", "sppo", "nca", "exo", "discopop")},
