@@ -118,7 +118,7 @@ def test_what_the_terminal_shows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", clean(300))
     result = CliRunner().invoke(cli, ["suggest", path], env={"COLUMNS": "160"})
     for words in ("300 of 300 rows usable, format pairs", "arXiv:2305.18290", "converted", "docs/choosing.md",
-                  "grpo: online, with [rollout]"):  # fmt: skip
+                  "grpo, rrhf: online, with [rollout]"):  # fmt: skip
         assert words in result.output
 
 
