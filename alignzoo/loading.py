@@ -19,7 +19,7 @@ from alignzoo.batch import PADDED, Layout, Way, padded_layout
 from alignzoo.check import Job
 from alignzoo.engine import Engine
 from alignzoo.errors import ModelError
-from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts
+from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts, positions_of
 from alignzoo.model import Location, add_adapter, load_model, locate, set_dropout
 from alignzoo.progress import Say
 from alignzoo.recipe import Model, Recipe
@@ -99,12 +99,30 @@ def _check_sizes(job: Job, scorer: Scorer, say: Say) -> None:
         raise ModelError(
             f"the data holds token {highest}, and the model has {rows} embeddings", fix="use the model's own tokenizer"
         )
+    _check_positions(job, scorer)
     mixture = is_mixture_of_experts(scorer.causal_lm)
     if mixture and job.recipe.model.router_loss == 0:
         say("router loss: off (model.router_loss = 0)")
     if not mixture and job.recipe.model.router_loss > 0:
         raise job.recipe.error(
             ("model", "router_loss"), "model.router_loss: the model has no experts", fix="set it to 0"
+        )
+
+
+def _check_positions(job: Job, scorer: Scorer) -> None:
+    """No row is longer than the model's table of positions, with what is sampled after it."""
+    table, rollout = positions_of(scorer.causal_lm), job.recipe.rollout
+    if table is None:
+        return
+    room = 0 if rollout is None else rollout.max_new_tokens
+    lengths = job.data.lengths + room
+    over = int((lengths > table).sum())
+    if over:
+        sampled = f" with rollout.max_new_tokens = {room}" if room else ""
+        raise ModelError(
+            f"{over} rows have more than {table} tokens{sampled}, the longest {lengths.max()}",
+            why=f"the model has a table of {table} positions",
+            fix=f"set data.max_length = {table}: then data.truncation drops or cuts them, and counts",
         )
 
 

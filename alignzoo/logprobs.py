@@ -162,6 +162,17 @@ class _Passthrough(nn.Module):
         return self if name == "decoder" else getattr(self.__dict__["real"], name)
 
 
+_TABLES = {"wpe", "embed_positions", "position_embeddings"}
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions a model has a table for (GPT-2, OPT, GPT-J); None where any position can be computed."""
+    named = [*model.named_modules(), *model.named_buffers()]
+    tables = any(n.rpartition(".")[2] in _TABLES and isinstance(found, nn.Embedding | Tensor) for n, found in named)
+    config: Any = model.config
+    return int(config.get_text_config().max_position_embeddings) if tables else None
+
+
 def is_mixture_of_experts(lm: Any) -> bool:
     return hasattr(lm.config.get_text_config(), "output_router_logits")
 

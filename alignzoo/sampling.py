@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from alignzoo.errors import DataError
-from alignzoo.logprobs import is_mixture_of_experts
+from alignzoo.logprobs import is_mixture_of_experts, positions_of
 
 _KINDS = {"full_attention", "sliding_attention"}  # of layers whose cache is keys and values by position
 _VARYING = {"dynamic", "longrope"}  # kinds of rotary positions
@@ -114,11 +114,19 @@ def draw(
     beat: called before every token; progress: with the number of finished completions, as it grows
     generate: takes the place of model.generate where the weights are shared out over the ranks; all ranks then must
         draw for the same prompts
-    Raises DataError for an empty prompt.
+    Raises DataError, before the first forward pass, for an empty prompt and for one that leaves no room for
+    max_new_tokens in the positions that the model has a table for.
     """
     for place, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise DataError(f"prompt {place + 1} of {len(prompts)} has no tokens", fix="give it at least one")
+    table, longest = positions_of(_bare(model)), max(map(len, prompts), default=0)
+    if table is not None and longest + sampling.max_new_tokens > table:
+        raise DataError(
+            f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} are more than {table}",
+            why=f"the model has a table of {table} positions",
+            fix="a shorter prompt, or a smaller max_new_tokens",
+        )
     alone = generate is not None or bool(how(model))
     device, shown = next(model.parameters()).device, 0
     found: dict[tuple[int, int], Drawn] = {}

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from alignzoo import attention, sampling
 from alignzoo.errors import DataError
+from alignzoo.logprobs import positions_of
 from alignzoo.sampling import Drawn, Sampling, draw, gumbel, how
 
 STOPS = [2, 5, 9]
@@ -358,3 +359,25 @@ def test_rotary_angles_that_depend_on_the_batch_are_not_padded() -> None:
     assert how(model) == "its rotary angles depend on the longest row of a batch (dynamic)"
     ((one,),) = drawn(model, PROMPTS[:1], temperature=0.0)
     assert one.ids.tolist() == of_generate(model, PROMPTS[0])
+
+
+# --- models that have a table of positions
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "OPT"])
+def test_what_goes_beyond_the_table_of_positions_is_refused_before_it_is_computed(name: str) -> None:
+    model, forwards = make_model(name), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    fits = made_prompts(3, 256 - 8)
+    assert max(len(one.ids) for one in flat(drawn(model, fits, max_new_tokens=8, stops=[]))) == 8
+    plain_logits(model, fits[1], made_prompts(8)[0])  # all 256 positions can be forwarded
+    forwards.clear()
+    with pytest.raises(DataError, match=r"249 tokens and max_new_tokens = 8 are more than 256"):
+        drawn(model, made_prompts(3, 256 - 7), max_new_tokens=8)
+    assert not forwards
+
+
+@pytest.mark.parametrize(("name", "table"), [("GPT-2", 256), ("OPT", 256), ("Llama", None), ("Bloom", None)])
+def test_which_models_have_such_a_table(name: str, table: int | None) -> None:
+    assert positions_of(make_model(name)) == table
+    assert table is None or positions_of(with_adapter(make_model(name)).get_base_model()) == table

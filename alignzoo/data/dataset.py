@@ -59,6 +59,11 @@ class Prepared:
         return max(self.train.highest_token, self.eval.highest_token)
 
     @property
+    def lengths(self) -> Numbers:
+        """Tokens of each row's prompt and longest completion, first of the training rows, (rows,)."""
+        return np.concatenate([t.prompt_lengths + t.column("longest") for t in (self.train, self.eval)])
+
+    @property
     def shortest(self) -> Tree:
         """A training row with as few tokens as any."""
         return self.train[self.train.shortest]
