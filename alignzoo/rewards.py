@@ -42,6 +42,35 @@ class Scored:
 
 
 @dataclass
+class Failures:
+    """How often something failed of late, and since the run began."""
+
+    failed: int = 0
+    recent: list[list[int]] = field(default_factory=list)  # [values, failed] of each of the last WINDOW calls
+
+    def count(self, values: int, failed: int) -> None:
+        self.failed += failed
+        self.recent = [*self.recent, [values, failed]][-WINDOW:]
+
+    def stop_above(self, most: float, who: str, what: str, message: str, fix: str) -> None:
+        """Raises RunError above this share; calls that were not made yet count as good. message: the last failure."""
+        values, failed = (sum(column) for column in zip(*self.recent, strict=True)) if self.recent else (0, 0)
+        if values and failed / values * len(self.recent) / WINDOW > most:
+            raise RunError(
+                f"{who} fails too often: {failed} of {values} {what} in its last {len(self.recent)} calls",
+                why=f"the last failure: {message}", fix=fix,
+            )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {"failed": self.failed, "recent": self.recent}
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """None: begins at none."""
+        self.failed, self.recent = (state["failed"], [list(pair) for pair in state["recent"]]) if state else (0, [])
+
+
+@dataclass
 class _Entry:
     """One table of [[rewards]], its reward, and what has become of its calls."""
 
@@ -49,20 +78,10 @@ class _Entry:
     choice: RewardChoice
     info: RewardInfo
     reward: Reward
-    failed: int = 0  # since the run began
-    recent: list[list[int]] = field(default_factory=list)  # [values, failed] of each of the last WINDOW calls
+    failures: Failures = field(default_factory=Failures)
 
     def __str__(self) -> str:
         return f'reward "{self.label}"'
-
-    def count(self, values: int, failed: int) -> None:
-        self.failed += failed
-        self.recent = [*self.recent, [values, failed]][-WINDOW:]
-
-    def share(self) -> float:
-        """Failed values in the last WINDOW calls; calls that were not made yet count as good."""
-        values, failed = (sum(column) for column in zip(*self.recent, strict=True))
-        return failed / values * len(self.recent) / WINDOW if values else 0.0
 
 
 class Rewards:
@@ -148,13 +167,12 @@ class Rewards:
 
     def state(self) -> dict[str, Any]:
         """The counts of failures, as plain JSON."""
-        return {e.label: {"failed": e.failed, "recent": e.recent} for e in self._entries}
+        return {e.label: e.failures.state() for e in self._entries}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on counting from what `state` gave; rewards that were not there begin at none."""
         for entry in self._entries:
-            saved = state.get(entry.label, {"failed": 0, "recent": []})
-            entry.failed, entry.recent = saved["failed"], [list(pair) for pair in saved["recent"]]
+            entry.failures.load_state(state.get(entry.label))
 
     def _call(
         self, entry: _Entry, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -179,24 +197,17 @@ class Rewards:
             failed[entry.label] = len(errors)
             if errors:
                 messages[entry.label] = _words(errors[0])
-                if entry.failed == 0 or isinstance(errors[0], _LeftBehindError):
+                if entry.failures.failed == 0 or isinstance(errors[0], _LeftBehindError):
                     self._say(f"WARNING: {entry}: {len(errors)} of {n} values failed: {_words(errors[0])}")
-            entry.count(n, len(errors))
+            entry.failures.count(n, len(errors))
             for i, value in enumerate(each[entry.label]):
                 if value is not None and entry.choice.weight != 0:
                     total[i] = (total[i] or 0.0) + entry.choice.weight * value
         for entry in self._entries:
-            if entry.share() > entry.choice.max_failures:
-                self._stop(entry, messages.get(entry.label, "see the lines above"))
+            limit, last = entry.choice.max_failures, messages.get(entry.label, "see the lines above")
+            fix = f"mend what it depends on, or raise max_failures = {limit:g} of [[rewards]]"
+            entry.failures.stop_above(limit, str(entry), "values", last, fix)
         return Scored(total, each, failed, messages)
-
-    def _stop(self, entry: _Entry, message: str) -> None:
-        values, failed = (sum(column) for column in zip(*entry.recent, strict=True))
-        raise RunError(
-            f"{entry} fails too often: {failed} of {values} values in its last {len(entry.recent)} calls",
-            why=f"the last failure: {message}",
-            fix=f"mend what it depends on, or raise max_failures = {entry.choice.max_failures:g} of [[rewards]]",
-        )
 
 
 def make_rewards(recipe: Recipe, registry: Registry, say: Say = print) -> Rewards:

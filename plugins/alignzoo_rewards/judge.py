@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 import alignzoo
+from alignzoo.address import Address, Answer
 from alignzoo.errors import PluginError
 
 REQUIRED: Any = MISSING
-AGAIN = {408, 409, 429, 500, 502, 503, 504}  # what a later try may mend
 PROMPT = """Rate the answer to the question on a scale from 0 to 10, 10 being the best.
 
 Question:
@@ -83,60 +82,25 @@ class Judge(alignzoo.Reward):
     async def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float | Exception | None]:
-        import httpx2
-
         s = self.settings
-        key = os.environ[s.api_key_env] if s.api_key_env is not None else None
-        headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        address = Address(s.url, s.model, s.api_key_env, s.concurrency, s.retries, s.seconds)
         questions = [
             _filled(self._prompt, {"prompt": _text(prompt), "completion": completion, **row})
             for prompt, completion, row in zip(prompts, completions, _rows(columns, len(prompts)), strict=True)
         ]
-        limits = httpx2.Limits(max_connections=s.concurrency)
-        async with httpx2.AsyncClient(headers=headers, timeout=s.seconds, limits=limits) as client:
-            turn = asyncio.Semaphore(s.concurrency)
-            return await asyncio.gather(*(self._value(client, turn, question) for question in questions))
+        asked = [[{"role": "user", "content": question}] for question in questions]
+        answers = await address.ask(asked, temperature=s.temperature, max_tokens=s.max_tokens)
+        return [self._value(answer) for answer in answers]
 
-    async def _value(self, client: Any, turn: asyncio.Semaphore, question: str) -> float | Exception:
-        try:
-            async with turn:
-                answer = await self._answer(client, question)
-        except Exception as error:  # this completion has failed, the others need not
-            return error
-        found = re.findall(self.settings.score, answer)
+    def _value(self, answer: Answer | Exception) -> float | Exception:
+        if isinstance(answer, Exception):
+            return answer
+        found = re.findall(self.settings.score, answer.text)
         last = found[-1] if found else ""
         try:
             return float(last[0] if isinstance(last, tuple) else last) * float(self.settings.scale)
         except ValueError:
-            return ValueError(f"no score in the judge's answer: {answer[-100:]!r}")
-
-    async def _answer(self, client: Any, question: str) -> str:
-        import httpx2
-
-        s = self.settings
-        asked = {
-            "model": s.model, "messages": [{"role": "user", "content": question}], "temperature": s.temperature,
-            "max_tokens": s.max_tokens,
-        }  # fmt: skip
-        for attempt in range(s.retries + 1):
-            last = attempt == s.retries
-            try:
-                response = await client.post(f"{s.url.rstrip('/')}/chat/completions", json=asked)
-            except httpx2.TransportError:
-                if last:
-                    raise
-            else:
-                if response.status_code == 200:
-                    return str(response.json()["choices"][0]["message"]["content"])
-                if last or response.status_code not in AGAIN:
-                    raise RuntimeError(f"{s.url} answered {response.status_code}: {self._without_key(response.text)}")
-            await asyncio.sleep(min(2.0**attempt * 0.5, 8.0))
-        raise AssertionError("the last try returns or raises")
-
-    def _without_key(self, text: str) -> str:
-        """The beginning of an error's text; some servers repeat the key there."""
-        key = os.environ.get(self.settings.api_key_env or "")
-        return (text.replace(key, "***") if key else text)[:200]
+            return ValueError(f"no score in the judge's answer: {answer.text[-100:]!r}")
 
 
 _FIELD = re.compile(r"\{(\w+)\}")
