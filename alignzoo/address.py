@@ -1,4 +1,4 @@
-"""Chat completions from an address that speaks OpenAI's protocol: asked again where that may help. It imports no torch."""
+"""Chat completions from an address that speaks OpenAI's protocol, asked again where that may help; no torch."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Job:
     data: Prepared
     steps: int
     live: Live
+    others: tuple[Any, ...] = ()  # model.Location of each of rollout.others; None of an address
     pairs: Sequence[Tree] = ()  # the held-out pairs, where the loss eats them in another form
     callbacks: Callbacks = field(default_factory=lambda: Callbacks(()))
 
@@ -115,6 +117,7 @@ def make_job(
         say(f"loading the tokenizer of {recipe.model.path}")
         tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
     say(ensure_pad_token(tokenizer))
+    others = _find_others(recipe, tokenizer, location, reference.kind)
     data = prepare(
         room_for_completions(recipe),
         kind,
@@ -137,8 +140,9 @@ def make_job(
     say(describe_steps(recipe, data, steps))
     _warn(recipe, loss, tokenizer, say)
     return Job(
-        recipe, infos, loss, rewards, registry, reference, location, tokenizer, data, steps, live, pairs, callbacks
-    )
+        recipe, infos, loss, rewards, registry, reference, location, tokenizer, data, steps, live, others, pairs,
+        callbacks,
+    )  # fmt: skip
 
 
 def _in_memory(live: Live) -> Live:
@@ -158,13 +162,57 @@ def _carry_template(recipe: Recipe, tokenizer: Any, say: Say) -> None:
 def _kind_of_rows(recipe: Recipe, loss: Loss, rewards: Rewards) -> str:
     """What the rows of the files are made into: what the loss eats, or prompts that are answered during the run."""
     if recipe.rollout is not None:
-        if not len(rewards):
+        if not len(rewards) and not recipe.rollout.directed:
             raise recipe.error(
                 ("rollout",), "[rollout] samples completions, and nothing says which of them are good",
                 fix="add at least one [[rewards]]; `alignzoo rewards` lists what there is",
             )  # fmt: skip
+        if loss.data == "groups" and recipe.rollout.others:
+            raise recipe.error(
+                ("rollout", "others"),
+                f'loss "{recipe.losses[0].name}" weights completions by how likely the policy was to draw them',
+                why="those of rollout.others were drawn by somebody else: their old log-probs are not the policy's",
+                fix="take a loss on pairs, labelled rows or demonstrations",
+            )
         return "prompts"
     return loss.data
+
+
+def _find_others(recipe: Recipe, tokenizer: Any, location: Any, reference: str) -> tuple[Any, ...]:
+    """Where the models of rollout.others are; their tokenizers are the policy's. Raises RecipeError, ModelError."""
+    from alignzoo.model import load_tokenizer, locate
+
+    found: list[Any] = []
+    for i, other in enumerate(recipe.rollout.others if recipe.rollout is not None else ()):
+        place, path, where = ("rollout", "others", i), other.source, location
+        if other.remote:
+            if other.api_key_env and not os.environ.get(other.api_key_env):
+                what = f"the environment variable {other.api_key_env} is not set"
+                raise recipe.error((*place, "api_key_env"), what, fix=f"export {other.api_key_env}=...")
+            found.append(None)
+            continue
+        if path == "reference":
+            path = recipe.reference.path or ""
+            if not path and location is None and reference == "none":
+                why = "the model is given from Python, and the loss keeps no reference of it"
+                raise recipe.error((*place, "source"), "there is no reference", why=why, fix="name reference.path")
+        if path:
+            try:
+                where = locate(path, recipe.reference.revision if other.source == "reference" else None)
+            except ModelError as error:
+                words = error.what.removeprefix("model.path: ")
+                raise recipe.error((*place, "source"), words, why=error.why, fix=error.fix) from error
+            theirs = load_tokenizer(where, trust_remote_code=recipe.model.trust_remote_code)
+            if theirs.get_vocab() != tokenizer.get_vocab():
+                raise recipe.error(
+                    (*place, "source"), f"{path} has another vocabulary than the policy",
+                    why="its tokens mean something else", fix="serve it, and name its address: text has no tokens",
+                )  # fmt: skip
+        if other.role == "revision" and not choose_template(recipe.data, tokenizer).chat:
+            why = "the policy's completion is shown as a turn of a conversation"
+            raise recipe.error((*place, "role"), "a revision needs a chat template", why=why, fix="an address has one")
+        found.append(where)
+    return tuple(found)
 
 
 def room_for_completions(recipe: Recipe) -> Data:
@@ -233,6 +281,8 @@ def describe_steps(recipe: Recipe, data: Prepared, steps: int) -> str:
     rollout, examples = recipe.rollout, "examples"
     if rollout is not None:
         examples = f"prompts with {rollout.completions} completions each"
+        for other in rollout.others:
+            examples += f" and {other.completions} of {other.model or other.source} ({other.role})"
         length += f", each batch {rollout.iterations} times" if rollout.iterations > 1 else ""
     return (
         f"steps: {steps} of {train.batch_size} {examples} ({length}) over {len(data.train)} training rows; "

@@ -14,14 +14,16 @@ from alignzoo.tree import Completion, Ids, LogPs, Tree
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """One completion of a prompt, as the sampler left it."""
+    """One completion of a prompt, as the sampler left it. Those of the policy come first."""
 
     ids: Ids  # (n,), its end token among them where it stopped by itself
-    logps: LogPs  # (n,) as the sampler computed them
+    logps: LogPs | None  # (n,) as the sampler computed them; None of another author's
     truncated: bool  # it had not ended at max_new_tokens
     text: str = ""
     reward: float | None = None  # None where no reward applies
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # each of them, before its weight
+    author: str = ""  # the policy, or who else of rollout.others
+    beats: int | None = None  # the number of the policy's completion that it is better than, whatever the rewards
 
     @property
     def completion(self) -> Completion:
@@ -59,27 +61,39 @@ def best_and_worst(sampled: Sequence[Sampled], settings: Rollout) -> Iterator[tu
             yield best, worst
 
 
+def better_and_worse(sampled: Sequence[Sampled], settings: Rollout) -> list[tuple[Sampled, Sampled]]:
+    """Pairs by reward; or another author's completions, each with the one of the policy that it is better than."""
+    if not settings.directed:
+        return list(best_and_worst(sampled, settings))
+    known = [(one, sampled[one.beats]) for one in sampled if one.beats is not None]
+    return [(one, other) for one, other in known if not np.array_equal(one.ids, other.ids)]
+
+
 def _pairs(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> list[Tree]:
-    found = best_and_worst(sampled, settings)
+    found = better_and_worse(sampled, settings)
     return [replace(prompt, completions=(best.completion, worst.completion)) for best, worst in found]
 
 
 def _labelled(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> list[Tree]:
-    """Each by itself, desirable from the threshold on."""
+    """Each by itself, desirable from the threshold on; or of better and worse ones, the better."""
     line = settings.threshold or 0.0
-    return [
-        replace(prompt, completions=(one.completion,), label=one.reward >= line)
-        for one in sampled
-        if one.reward is not None
-    ]
+    if settings.directed:
+        found = [(one, one is pair[0]) for pair in better_and_worse(sampled, settings) for one in pair]
+    else:
+        found = [(one, one.reward >= line) for one in sampled if one.reward is not None]
+    return [replace(prompt, completions=(one.completion,), label=label) for one, label in found]
+
+
+def to_imitate(sampled: Sequence[Sampled], settings: Rollout) -> list[Sampled]:
+    """The best by reward, where it reaches the threshold; or all of the authors who are always better."""
+    if settings.directed:
+        return [one for one in sampled if one.beats is not None]
+    best = ranked(sampled)[:1]
+    return [one for one in best if settings.threshold is None or (one.reward or 0.0) >= settings.threshold]
 
 
 def _demonstrations(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> list[Tree]:
-    """The best of them."""
-    best = next(iter(ranked(sampled)), None)
-    if best is None or (settings.threshold is not None and (best.reward or 0.0) < settings.threshold):
-        return []
-    return [replace(prompt, completions=(best.completion,))]
+    return [replace(prompt, completions=(one.completion,)) for one in to_imitate(sampled, settings)]
 
 
 _Maker = Callable[[Tree, Sequence[Sampled], Rollout], list[Tree]]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from alignzoo.data.rows import content_hash
 from alignzoo.data.template import choose_template
 from alignzoo.data.watch import Watch
 from alignzoo.errors import AlignzooError, RecipeError
-from alignzoo.making import Sampled, best_and_worst, ranked
+from alignzoo.making import Sampled, better_and_worse, ranked, to_imitate
 from alignzoo.model import load_model
+from alignzoo.others import Others, hold_others
 from alignzoo.progress import Say, StepProgress, sayer
 from alignzoo.recipe import Recipe, Rollout, to_table
 from alignzoo.samples import stop_tokens
@@ -40,11 +43,12 @@ def _ranked(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iter
     yield {
         "prompt": prompt.asked, "completions": [one.text for one in order], "rewards": [one.reward for one in order],
         "each": [dict(one.rewards) for one in order], "truncated": [one.truncated for one in order],
+        "authors": [one.author or "policy" for one in order],
     }  # fmt: skip
 
 
 def _pairs(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iterator[Line]:
-    for best, worst in best_and_worst(sampled, settings):
+    for best, worst in better_and_worse(sampled, settings):
         yield {
             "prompt": prompt.asked, "chosen": best.text, "rejected": worst.text, "chosen_reward": best.reward,
             "rejected_reward": worst.reward,
@@ -52,9 +56,8 @@ def _pairs(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Itera
 
 
 def _best(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iterator[Line]:
-    for one in ranked(sampled)[:1]:
-        if settings.threshold is None or (one.reward is not None and one.reward >= settings.threshold):
-            yield {"prompt": prompt.asked, "completion": one.text, "reward": one.reward}
+    for one in to_imitate(sampled, settings):
+        yield {"prompt": prompt.asked, "completion": one.text, "reward": one.reward}
 
 
 MAKERS: dict[str, _Maker] = {"ranked": _ranked, "pairs": _pairs, "best": _best}
@@ -82,12 +85,16 @@ def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], consol
     settings = dataclasses.replace(recipe.model, lora=None)  # an adapter that is not trained yet changes nothing
     model = load_model(job.location, settings, say).to(accelerator.device)
     stops = stop_tokens(model, job.tokenizer, choose_template(recipe.data, job.tokenizer).does.end)
+    own = None if recipe.reference.path else partial(nullcontext, model)  # the start model is the reference
+    held = hold_others(job, accelerator.device, own, say)
+    others = Others(recipe, job.tokenizer, stops, held, accelerator.autocast, say)
     answerer = Answerer(model, job.tokenizer, job.rewards, recipe, stops, accelerator.autocast)
     rows = 0
     with StepProgress(console, len(prompts), f"sampling {recipe.rollout.completions} completions", done) as progress:
         for start in range(done, len(prompts), _AT_ONCE):
             asked = prompts[start : start + _AT_ONCE]
-            drawn = answerer.draw([(1, tree) for tree in asked], recipe.rollout.completions, lambda _: None)
+            batch = [(1, tree) for tree in asked]
+            drawn = others.answer(batch, answerer.draw(batch, recipe.rollout.completions, lambda _: None))
             rewarded, _failed = answerer.reward(asked, drawn)
             lines = [
                 json.dumps(line, ensure_ascii=False)
@@ -105,7 +112,9 @@ def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], consol
 def _identity(job: Job, make: str) -> str:
     """Of all that the rows depend on."""
     table = to_table(job.recipe, job.settings, job.rewards.settings)
-    wanted = {name: table.get(name) for name in ("model", "data", "rollout", "rewards")}
+    other = [one.source for one in job.recipe.rollout.others] if job.recipe.rollout else []
+    names = ("model", "data", "rollout", "rewards", *(["reference"] if "reference" in other else []))
+    wanted = {name: table.get(name) for name in names}
     sources = [source.sha256 for source in job.data.report.sources]
     return content_hash(wanted, sources, job.recipe.train.seed, make).hex()
 

@@ -25,6 +25,7 @@ from alignzoo.sections import (
     Log,
     LoRA,
     Model,
+    Other,
     Output,
     Reference,
     RewardKeys,
@@ -37,8 +38,8 @@ from alignzoo.sections import (
 
 __all__ = [
     "KNOWN", "OPTIONAL", "SECTIONS", "CallbackChoice", "CallbackKeys", "Checkpoint", "Data", "Engine", "Eval", "LoRA",
-    "Log", "LossChoice", "Model", "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout", "Samples",
-    "Source", "Train", "Watch", "load_recipe", "problems_error", "to_table",
+    "Log", "LossChoice", "Model", "Other", "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout",
+    "Samples", "Source", "Train", "Watch", "load_recipe", "problems_error", "to_table",
 ]  # fmt: skip
 
 
@@ -279,6 +280,26 @@ def _rollout_problems(recipe: Recipe, rollout: Rollout) -> Iterator[Problem]:
             ("rollout", "max_new_tokens"),
             f"{rollout.max_new_tokens} leaves no room for a prompt in data.max_length = {recipe.data.max_length}",
         )
+    for i, other in enumerate(rollout.others):
+        yield from _other_problems(("rollout", "others", i), other, rollout)
+    for key in ("pairs_per_prompt", "min_gap", "threshold") if rollout.directed else ():
+        if getattr(rollout, key) != getattr(Rollout, key):
+            yield Problem(("rollout", key), "without effect: of rollout.others it is known which completion is better")
+
+
+def _other_problems(path: Key, other: Other, rollout: Rollout) -> Iterator[Problem]:
+    if other.remote and other.model is None:
+        yield Problem((*path, "model"), "an address needs the model's name there")
+    for key in ("model", "api_key_env") if not other.remote else ():
+        if getattr(other, key) is not None:
+            yield Problem((*path, key), f"that is of an address, and {show(other.source)} is none")
+    if other.role == "candidate" and rollout.directed:
+        yield Problem((*path, "role"), "another of rollout.others is chosen or a revision: no reward decides then")
+    if other.role != "candidate" and other.completions > rollout.completions:
+        more = f"{other.completions} is more than rollout.completions = {rollout.completions}"
+        yield Problem((*path, "completions"), f"{more}: each stands against one of the policy's")
+    if other.role != "revision" and other.instruction != Other.instruction:
+        yield Problem((*path, "instruction"), 'without effect: role is not "revision"')
 
 
 def to_table(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from alignzoo.engine import Engine
 from alignzoo.errors import AlignzooError
 from alignzoo.making import Sampled, make_trees, mismatch, numbered
 from alignzoo.metrics import Accumulator
-from alignzoo.progress import StepProgress
+from alignzoo.others import Hold, Others
+from alignzoo.progress import StepProgress, sayer
 from alignzoo.recipe import Recipe
-from alignzoo.reference import lengths_of
+from alignzoo.reference import ReferencePlan, lengths_of
 from alignzoo.rewards import Rewards
-from alignzoo.sharding import of_all_ranks
+from alignzoo.sharding import gathered, of_all_ranks
 from alignzoo.tree import Completion, Tree
 
 _HELD_OUT = 0  # the batch of held-out prompts: those of training count from 1
@@ -45,10 +47,11 @@ class Rollouts:
         tokenizer: Any,
         stops: Sequence[int],
         folder: Path,
+        held: Mapping[str, Hold],
         *,
         console: Console,
     ) -> None:
-        """stops: tokens that end a completion; folder: of the run, for completions.jsonl"""
+        """stops: tokens that end a completion; folder: of the run, for completions.jsonl; held: the others' models"""
         assert recipe.rollout is not None
         self.recipe, self.settings, self.engine, self.rewards = recipe, recipe.rollout, engine, rewards
         self.answerer = Answerer(
@@ -60,6 +63,8 @@ class Rollouts:
             engine.accelerator.autocast,
             lambda what: engine.beat(what),
         )
+        autocast, say = engine.accelerator.autocast, sayer(console)
+        self.others = Others(recipe, tokenizer, stops, held, autocast, say, lambda what: engine.beat(what))
         self.console, self.file = console, folder / "completions.jsonl"
         loss = engine.objective.loss
         self.kind, self.mismatched = loss.data, loss.needs_mismatched
@@ -115,9 +120,12 @@ class Rollouts:
             drawn = self.answerer.draw([asked[i] for i in mine], times, progress.advance)
         between = time.perf_counter()
         try:
+            drawn = self.others.answer([asked[i] for i in mine], drawn)
+            between = time.perf_counter()
             rewarded, failed = self.answerer.reward([asked[i][1] for i in mine], drawn)
             found = dict(zip(mine, rewarded, strict=True))
-            record(metrics, rewarded)
+            record(metrics, [[one for one in of_prompt if not one.author] for of_prompt in rewarded])
+            self.others.record(metrics, rewarded)
             for name, count in failed.items():
                 metrics.share(f"rollout/rewards_failed/{name}", count, sum(map(len, rewarded)))
         except AlignzooError as error:
@@ -172,7 +180,7 @@ class Rollouts:
                 line = {
                     "step": step, "held_out": held_out, "row": prompt.where or prompt.row, "prompt": prompt.asked,
                     "completion": one.text, "tokens": len(one.ids), "truncated": one.truncated, "reward": one.reward,
-                    "rewards": dict(one.rewards),
+                    "rewards": dict(one.rewards), "author": one.author or "policy",
                 }  # fmt: skip
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -182,12 +190,14 @@ class Rollouts:
         return {
             "window": {str(n): [_to_json(t) for t in trees] for n, trees in self.window.items() if n in left},
             "rewards": self.rewards.state(),
+            "others": self.others.state(),
             "bytes": self.file.stat().st_size if self.file.exists() else 0,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.window = {int(n): [_from_json(t) for t in trees] for n, trees in state["window"].items()}
         self.rewards.load_state(state["rewards"])
+        self.others.load_state(state.get("others", {}))
         self._trim(state["bytes"])
 
     def begin(self) -> None:
@@ -201,13 +211,14 @@ class Rollouts:
 
 
 def record(metrics: Accumulator, sampled: Sequence[Sequence[Sampled]]) -> None:
-    """Rewards and lengths of completions, by prompt."""
+    """Rewards and lengths of the policy's completions, by prompt."""
     flat = [one for of_prompt in sampled for one in of_prompt]
     if not flat:
         return
     rewards = [one.reward for one in flat if one.reward is not None]
-    metrics.share("rollout/reward", sum(rewards), len(rewards))
-    metrics.share("rollout/unrewarded", len(flat) - len(rewards), len(flat))
+    if flat[0].rewards:
+        metrics.share("rollout/reward", sum(rewards), len(rewards))
+        metrics.share("rollout/unrewarded", len(flat) - len(rewards), len(flat))
     for name in flat[0].rewards:
         own = [value for one in flat if (value := one.rewards[name]) is not None]
         metrics.share(f"rollout/rewards/{name}", sum(own), len(own))
@@ -222,6 +233,24 @@ def record(metrics: Accumulator, sampled: Sequence[Sequence[Sampled]]) -> None:
     for reduce in ("min", "max"):
         metrics.reach(f"rollout/length_{reduce}", reduce, getattr(lengths, reduce)())
     metrics.share("rollout/truncated", sum(one.truncated for one in flat), len(flat))
+
+
+def hold_reference(engine: Engine, plan: ReferencePlan) -> Hold | None:
+    """The run's reference, to sample from; None where the run keeps none."""
+
+    @contextmanager
+    def adapter_off() -> Iterator[Any]:
+        with engine.holder.gathered(), engine.bare.model.disable_adapter():
+            yield engine.bare.model
+
+    @contextmanager
+    def frozen() -> Iterator[Any]:
+        assert engine.frozen is not None
+        with gathered(engine.frozen_forward) if engine.holder.sharded else nullcontext():
+            yield engine.frozen.model
+
+    holds: dict[str, Hold] = {"adapter_off": adapter_off, "frozen": frozen}
+    return holds.get(plan.kind)
 
 
 def _with_old(tree: Tree, number: int, old: Mapping[tuple[int, int], Any]) -> Tree:

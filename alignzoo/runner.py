@@ -29,13 +29,14 @@ from alignzoo.loading import check_head, choose_layout, load_models
 from alignzoo.logprobs import Scorer
 from alignzoo.model import from_anywhere, load_model, locate, save_model
 from alignzoo.observer import Observer
+from alignzoo.others import hold_others
 from alignzoo.place import Place, start_or_resume
 from alignzoo.precompute import Precompute
 from alignzoo.progress import Say, said, sayer
 from alignzoo.recipe import Recipe, load_recipe
 from alignzoo.records import Sample
 from alignzoo.report import figures_table, finish, samples_table, summary
-from alignzoo.rollout import Rollouts
+from alignzoo.rollout import Rollouts, hold_reference
 from alignzoo.samples import answer, stop_tokens
 from alignzoo.sharding import end_trackers, leave, make_accelerator, of_all_ranks, same_everywhere, zero_in_words
 from alignzoo.snapshot import full_state, restore, save_snapshot
@@ -201,7 +202,8 @@ def _rollouts(job: Job, engine: Engine, place: Place, console: Console) -> Rollo
     recipe, model = job.recipe, engine.bare.model
     job.rewards.start(engine.device)
     stops = stop_tokens(model, job.tokenizer, choose_template(recipe.data, job.tokenizer).does.end)
-    return Rollouts(recipe, engine, job.rewards, job.tokenizer, stops, place.run_dir.path, console=console)
+    held = hold_others(job, engine.device, hold_reference(engine, job.reference), sayer(console))
+    return Rollouts(recipe, engine, job.rewards, job.tokenizer, stops, place.run_dir.path, held, console=console)
 
 
 class Training:

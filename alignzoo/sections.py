@@ -213,6 +213,47 @@ class Samples:
     )
 
 
+REVISE = (
+    "Improve your last answer: correct what is wrong, add what is missing, keep what is good. "
+    "Reply with the improved answer only."
+)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A table of [[rollout.others]]: who else answers the prompts."""
+
+    source: str = setting(
+        REQUIRED,
+        '"reference", a model with the policy\'s tokenizer as in model.path, or an address up to /chat/completions, '
+        "e.g. http://127.0.0.1:8000/v1",
+    )
+    role: Literal["candidate", "chosen", "revision"] = setting(
+        "candidate",
+        "candidate: stands beside the policy's completions, and rewards decide; chosen: always better than the "
+        "policy's; revision: sees the policy's completion, writes a better one, and is always better than that",
+    )
+    completions: int = setting(
+        1, "for each prompt; of chosen and revision at most as many as rollout.completions", ge=1
+    )
+    temperature: float | None = setting(None, "of its sampling; 0: greedy; rollout.temperature if not given", ge=0)
+    instruction: str = setting(REVISE, "revision: what it is told after the prompt and the policy's completion")
+    model: str | None = setting(None, "of an address: the model's name there")
+    api_key_env: str | None = setting(
+        None, "of an address: name of the environment variable that holds the key; it is sent nowhere else"
+    )
+    concurrency: int = setting(8, "of an address: requests at the same time, on each rank", ge=1)
+    retries: int = setting(3, "of an address: further tries of a request that failed in a way that may pass", ge=0)
+    seconds: float = setting(60.0, "of an address: time for one request", gt=0)
+    max_failures: float = setting(
+        0.1, "of an address: stop the run where more requests failed, over the last 20 rounds; 1: never", ge=0, le=1
+    )
+
+    @property
+    def remote(self) -> bool:
+        return self.source.startswith(("http://", "https://"))
+
+
 @dataclass(frozen=True)
 class Rollout:
     completions: int = setting(8, "completions sampled for each prompt", ge=1)
@@ -239,6 +280,12 @@ class Rollout:
     )
     batch_tokens: int = setting(32768, "positions that are sampled at once: prompts and completions, padded", ge=1)
     keep: int = setting(8, "completions of each step that are written to completions.jsonl", ge=0)
+    others: tuple[Other, ...] = setting((), "who else answers the prompts: tables [[rollout.others]]")
+
+    @property
+    def directed(self) -> bool:
+        """Whether another's completions are always better than the policy's, and no reward decides."""
+        return any(other.role != "candidate" for other in self.others)
 
 
 @dataclass(frozen=True)

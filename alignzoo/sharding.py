@@ -268,20 +268,8 @@ class Shards:
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.sharded):
             return parameter.detach().clone()
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        if not self.sharded:
-            yield
-            return
-        import deepspeed
-        from trl.models.utils import add_hooks, remove_hooks
-
-        with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
-            remove_hooks(self.engine)  # they would share the weights out again after each layer
-            try:
-                yield
-            finally:
-                add_hooks(self.engine)
+    def gathered(self) -> AbstractContextManager[Any]:
+        return gathered(self.engine) if self.sharded else nullcontext()
 
     @torch.no_grad()
     def blend(self, kept: nn.Parameter, trained: nn.Parameter, alpha: float) -> None:
@@ -350,6 +338,20 @@ class Shards:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+@contextmanager
+def gathered(engine: Any) -> Iterator[None]:
+    """The weights of a DeepSpeed engine of stage 3 whole on every rank; all ranks enter it."""
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        remove_hooks(engine)  # they would share the weights out again after each layer
+        try:
+            yield
+        finally:
+            add_hooks(engine)
 
 
 def hold(recipe: Recipe, accelerator: Accelerator, policy: nn.Module, optimizer: Any, *, sparse: bool) -> Holder:

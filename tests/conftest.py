@@ -72,6 +72,20 @@ def trees() -> Callable[..., list[Tree]]:
 
 
 @pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server_helpers.Server, reached without a proxy."""
+    from server_helpers import Server
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    made = Server()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.fixture
 def model() -> Any:
     return tiny_llama()
 

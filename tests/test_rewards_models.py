@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from reward_helpers import SMALL
+from server_helpers import Server
 
 from alignzoo.errors import ModelError, RecipeError, RunError
 from alignzoo.plugins import discover
@@ -155,55 +153,6 @@ def test_models_that_are_none(scorer: Path, tokenizer: Any, tiny_folder: Path, t
 
 
 # --- a judge ----------------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """An address that speaks as much of OpenAI's protocol as a judge hears. `answer` decides what it says."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.answer: Any = lambda text: "Score: 7"
-        self.busy = self.most = 0
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.asked.append({"path": self.path, **body})
-                    outer.headers.append(dict(self.headers))
-                    outer.busy += 1
-                    outer.most = max(outer.most, outer.busy)
-                answer = outer.answer(body["messages"][0]["content"])
-                with lock:
-                    outer.busy -= 1
-                status, text = answer if isinstance(answer, tuple) else (200, answer)
-                content = {"choices": [{"message": {"role": "assistant", "content": text}}]} if status == 200 else text
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    made = Server()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 def judge(server: Server, said: list[str] | None = None, **settings: Any) -> Rewards:
