@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ def make_job(
         say(f"loading the tokenizer of {recipe.model.path}")
         tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
     say(ensure_pad_token(tokenizer))
+    _check_vllm(recipe, location)
     others = _find_others(recipe, tokenizer, location, reference.kind)
     data = prepare(
         room_for_completions(recipe),
@@ -176,6 +178,23 @@ def _kind_of_rows(recipe: Recipe, loss: Loss, rewards: Rewards) -> str:
             )
         return "prompts"
     return loss.data
+
+
+def _check_vllm(recipe: Recipe, location: Any) -> None:
+    """vLLM is there where the recipe wants it, and can load the model by itself."""
+    if recipe.rollout is None or recipe.rollout.sampler != "vllm":
+        return
+    place = ("rollout", "sampler")
+    if importlib.util.find_spec("vllm") is None:
+        raise recipe.error(place, 'rollout.sampler = "vllm": it is not installed', fix="pip install 'alignzoo[vllm]'")
+    while location is not None and location.base is not None:
+        location = location.base
+    if location is None or location.gguf is not None:
+        what = "a model given from Python" if location is None else f"a GGUF file, {location.gguf}"
+        raise recipe.error(
+            place, f'rollout.sampler = "vllm" and {what}', why="vLLM loads a folder or a hub id by itself, once",
+            fix="save the model with save_pretrained, and name the folder",
+        )  # fmt: skip
 
 
 def _find_others(recipe: Recipe, tokenizer: Any, location: Any, reference: str) -> tuple[Any, ...]:

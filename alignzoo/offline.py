@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from alignzoo.answering import Answerer
+from alignzoo.answering import Answerer, make_vllm
 from alignzoo.check import Job, make_job
 from alignzoo.data.rows import content_hash
 from alignzoo.data.template import choose_template
@@ -88,7 +88,8 @@ def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], consol
     own = None if recipe.reference.path else partial(nullcontext, model)  # the start model is the reference
     held = hold_others(job, accelerator.device, own, say)
     others = Others(recipe, job.tokenizer, stops, held, accelerator.autocast, say)
-    answerer = Answerer(model, job.tokenizer, job.rewards, recipe, stops, accelerator.autocast)
+    vllm = make_vllm(model, accelerator, job.tokenizer, recipe, stops, say)
+    answerer = Answerer(model, job.tokenizer, job.rewards, recipe, stops, accelerator.autocast, vllm=vllm)
     rows = 0
     with StepProgress(console, len(prompts), f"sampling {recipe.rollout.completions} completions", done) as progress:
         for start in range(done, len(prompts), _AT_ONCE):

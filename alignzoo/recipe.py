@@ -17,6 +17,7 @@ from alignzoo.schema import Spec as _Spec
 from alignzoo.sections import (
     OPTIONAL,
     SECTIONS,
+    VLLM,
     CallbackKeys,
     Checkpoint,
     Data,
@@ -37,9 +38,9 @@ from alignzoo.sections import (
 )
 
 __all__ = [
-    "KNOWN", "OPTIONAL", "SECTIONS", "CallbackChoice", "CallbackKeys", "Checkpoint", "Data", "Engine", "Eval", "LoRA",
-    "Log", "LossChoice", "Model", "Other", "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys", "Rollout",
-    "Samples", "Source", "Train", "Watch", "load_recipe", "problems_error", "to_table",
+    "KNOWN", "OPTIONAL", "SECTIONS", "VLLM", "CallbackChoice", "CallbackKeys", "Checkpoint", "Data", "Engine", "Eval",
+    "LoRA", "Log", "LossChoice", "Model", "Other", "Output", "Recipe", "Reference", "RewardChoice", "RewardKeys",
+    "Rollout", "Samples", "Source", "Train", "Watch", "load_recipe", "problems_error", "to_table",
 ]  # fmt: skip
 
 
@@ -280,6 +281,8 @@ def _rollout_problems(recipe: Recipe, rollout: Rollout) -> Iterator[Problem]:
             ("rollout", "max_new_tokens"),
             f"{rollout.max_new_tokens} leaves no room for a prompt in data.max_length = {recipe.data.max_length}",
         )
+    if rollout.sampler != "vllm" and rollout.vllm != VLLM():
+        yield Problem(("rollout", "vllm"), 'without effect: rollout.sampler is not "vllm"')
     for i, other in enumerate(rollout.others):
         yield from _other_problems(("rollout", "others", i), other, rollout)
     for key in ("pairs_per_prompt", "min_gap", "threshold") if rollout.directed else ():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from alignzoo.answering import Answerer
+from alignzoo.answering import Answerer, make_vllm
 from alignzoo.batch import StepRows
 from alignzoo.engine import Engine
 from alignzoo.errors import AlignzooError
@@ -54,17 +54,14 @@ class Rollouts:
         """stops: tokens that end a completion; folder: of the run, for completions.jsonl; held: the others' models"""
         assert recipe.rollout is not None
         self.recipe, self.settings, self.engine, self.rewards = recipe, recipe.rollout, engine, rewards
-        self.answerer = Answerer(
-            engine.bare.model,
-            tokenizer,
-            rewards,
-            recipe,
-            stops,
-            engine.accelerator.autocast,
-            lambda what: engine.beat(what),
-        )
-        autocast, say = engine.accelerator.autocast, sayer(console)
-        self.others = Others(recipe, tokenizer, stops, held, autocast, say, lambda what: engine.beat(what))
+        model, autocast, say = engine.bare.model, engine.accelerator.autocast, sayer(console)
+
+        def beat(what: str) -> None:
+            engine.beat(what)  # the one that it has then
+
+        vllm = make_vllm(model, engine.accelerator, tokenizer, recipe, stops, say)
+        self.answerer = Answerer(model, tokenizer, rewards, recipe, stops, autocast, beat, vllm)
+        self.others = Others(recipe, tokenizer, stops, held, autocast, say, beat)
         self.console, self.file = console, folder / "completions.jsonl"
         loss = engine.objective.loss
         self.kind, self.mismatched = loss.data, loss.needs_mismatched

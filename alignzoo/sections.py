@@ -255,6 +255,17 @@ class Other:
 
 
 @dataclass(frozen=True)
+class VLLM:
+    mode: Literal["colocate", "server"] = setting(
+        "colocate", "colocate: in the processes that train, on their GPUs; server: started apart, `trl vllm-serve`"
+    )
+    url: str = setting("http://127.0.0.1:8000", "server: where it is, without /v1")
+    memory: float = setting(0.3, "colocate: share of each GPU's memory that vLLM takes", gt=0, le=1)
+    tensor_parallel: int = setting(1, "colocate: GPUs that share one copy; divides the number of processes", ge=1)
+    sleep: bool = setting(False, "colocate: give that memory back while the policy trains")
+
+
+@dataclass(frozen=True)
 class Rollout:
     completions: int = setting(8, "completions sampled for each prompt", ge=1)
     max_new_tokens: int = setting(
@@ -280,6 +291,10 @@ class Rollout:
     )
     batch_tokens: int = setting(32768, "positions that are sampled at once: prompts and completions, padded", ge=1)
     keep: int = setting(8, "completions of each step that are written to completions.jsonl", ge=0)
+    sampler: Literal["transformers", "vllm"] = setting(
+        "transformers", "what draws the policy's completions: the model that trains, or vLLM (extra vllm)"
+    )
+    vllm: VLLM = setting(VLLM(), "where vLLM runs: a table [rollout.vllm]")
     others: tuple[Other, ...] = setting((), "who else answers the prompts: tables [[rollout.others]]")
 
     @property

@@ -250,7 +250,8 @@ def test_every_loss_learns_from_an_address_without_rewards(
     if loss == "sft":  # imitates it
         assert records[-1]["eval_loss"] < 0.7 * records[0]["eval_loss"]
     else:
-        assert records[-1]["eval_rewards/accuracies"] == 1.0 and records[-1]["eval_rewards/margins"] > 0.05
+        first, last = (r for r in records if "eval_loss" in r and r["step"] in (0, 6))
+        assert last["eval_rewards/margins"] > 0.3 and last["eval_logps/chosen"] > first["eval_logps/chosen"] + 5
     assert len(server.asked) == (6 * 4 + 3 * 6) * 2  # steps of 4 prompts, 3 evaluations of 6, 2 each
 
 
@@ -355,13 +356,13 @@ def test_an_address_that_fails_stops_the_run_or_is_counted(server: Server, tiny_
 
 
 def test_sampled_into_a_file(server: Server, tiny_folder: Path, strong: Path, tmp_path: Path) -> None:
-    server.respond = lambda body: f"{body['messages'][-2]['content']} the fee"
+    server.respond = lambda body: f"the {body['messages'][-2]['content']}"
     file = online(
         tmp_path, tiny_folder, rewards="", loss__name="dpo", rollout__others=[directed(server, role="revision")]
     )
     pairs = sample(file, tmp_path / "pairs.jsonl", "pairs")
-    assert len(pairs) == 24 and all(row["chosen"].startswith(row["rejected"][:3]) for row in pairs)
-    assert all("the fee".startswith(row["chosen"][-3:].strip()) or row["chosen"] for row in pairs)
+    assert len(pairs) == 24 and all(row["chosen"].startswith("the ") for row in pairs)
+    assert not any(row["rejected"].startswith("the ") for row in pairs)
     best = sample(file, tmp_path / "best.jsonl", "best")
     assert [row["completion"] for row in best] == [row["chosen"] for row in pairs]
     candidates = online(tmp_path, tiny_folder, rollout__others=[{"source": str(strong)}], loss__name="dpo")
