@@ -83,7 +83,7 @@ class Others:
         self.end: int | None = tokenizer.get_vocab().get(self.template.does.end, tokenizer.eos_token_id)
         self.authors: list[_Author] = []
         for other in self.settings.others:
-            name = other.model or Path(other.source).name
+            name = Path(other.model or other.source).name
             same = sum(one.label == name or one.label.startswith(f"{name}_") for one in self.authors)
             label = f"{name}_{same + 1}" if same else name
             self.authors.append(_Author(len(self.authors) + 1, label, other))

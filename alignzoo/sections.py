@@ -246,7 +246,7 @@ class Other:
     retries: int = setting(3, "of an address: further tries of a request that failed in a way that may pass", ge=0)
     seconds: float = setting(60.0, "of an address: time for one request", gt=0)
     max_failures: float = setting(
-        0.1, "of an address: stop the run where more requests failed, over the last 20 rounds; 1: never", ge=0, le=1
+        0.1, "stop the run where more of its completions failed, over the last 20 rounds; 1: never", ge=0, le=1
     )
 
     @property

@@ -221,7 +221,7 @@ def _kl(look: Look) -> Finding | None:
 def _loss(look: Look) -> Finding | None:
     """Not for online data, where a step's loss is that of other completions, nor where the loss itself moves."""
     size, patience, known = look.settings.loss_steps, look.settings.patience, look.known
-    if is_eval(look.record) or known.data == "groups" or known.moving or "rollout/reward" in look.record:
+    if is_eval(look.record) or known.data == "groups" or known.moving or "rollout/length" in look.record:
         return None
     start = look.step - (patience + 1) * size
     windows = _windows(look.history.training, look.step, size, patience + 1)

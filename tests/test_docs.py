@@ -27,7 +27,7 @@ from alignzoo.cli import cli
 from alignzoo.data.formats import FORMATS
 from alignzoo.declared import DECLARED, NAMED
 from alignzoo.plugins import discover, loss_table, named_table, plugin_table, reward_table
-from alignzoo.recipe import KNOWN, SECTIONS, CallbackKeys, LoRA, RewardKeys, Source, load_recipe
+from alignzoo.recipe import KNOWN, SECTIONS, VLLM, CallbackKeys, LoRA, Other, RewardKeys, Source, load_recipe
 
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
@@ -130,7 +130,7 @@ def test_every_key_of_a_recipe_is_documented() -> None:
     tables = {part.split("\n")[0]: part for part in parts}
     classes = {f"[{name}]": cls for name, cls in SECTIONS.items()}
     classes |= {"[model.lora]": LoRA, "[[data.train]] and [[data.eval]]": Source, "[[rewards]]": RewardKeys}
-    classes["[[callbacks]]"] = CallbackKeys
+    classes |= {"[rollout.vllm]": VLLM, "[[rollout.others]]": Other, "[[callbacks]]": CallbackKeys}
     assert set(classes) == set(tables) - {parts[0].split("\n")[0]}
     for header, cls in classes.items():
         for field in dataclasses.fields(cls):

@@ -151,7 +151,8 @@ def test_what_is_too_long_is_cut_and_what_broke_off_has_no_end(server: Server, t
 def test_a_revision_is_asked_for_with_the_policy_s_own_completion(server: Server, tokenizer: Any) -> None:
     server.respond = lambda body: f"better {body['messages'][-2]['content']}"
     table = directed(server, role="revision", completions=2, instruction="Mend it.")
-    others = others_of(tokenizer, table, directed(server, role="revision"), max_new_tokens=20)
+    again = directed(server, role="revision", model="made/by/teacher")
+    others = others_of(tokenizer, table, again, max_new_tokens=20)
     (found,) = others.answer(asked_of(tokenizer, "why?"), [own_of(tokenizer, "uno", "due")])
     assert [(one.text, one.author, one.beats) for one in found] == [
         ("uno", "", None), ("due", "", None), ("better uno", "teacher", 0), ("better due", "teacher", 1),
