@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections import Counter
@@ -22,6 +23,8 @@ from test_offline import sample
 from test_rollout import completions_of, online, run, without_clock
 
 import alignzoo
+from alignzoo.data.template import Template
+from alignzoo.data.tokenise import Encoder
 from alignzoo.errors import AlignzooError, ModelError, RecipeError, RunError
 from alignzoo.making import Sampled, make_trees
 from alignzoo.others import Others
@@ -137,6 +140,25 @@ def test_an_address_is_asked_with_the_prompt_and_its_text_is_tokenised(
     }  # fmt: skip
     assert bodies[1]["messages"] == list(talk)  # a system turn of its own stays
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer very-secret"}
+
+
+def test_a_text_is_tokenised_where_it_stands_and_never_joined_to_the_prompt(server: Server, tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    spaced = copy.deepcopy(tokenizer)  # as sentencepiece has it: a space before a text by itself
+    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    server.respond = said("the fee")
+    ((_, one),) = others_of(spaced, directed(server)).answer(asked_of(spaced, "why?"), [own_of(spaced, "mine")])
+    assert spaced.decode(spaced("the fee")["input_ids"]) == " the fee" and one.text == "the fee"
+    raw = others_of(tokenizer, directed(server))
+    raw.template, raw.encoder = Template("raw", False), Encoder(tokenizer, Template("raw", False))
+    before, after = "th", "e fee"
+    ids = tokenizer(before)["input_ids"]
+    assert tokenizer(before + after)["input_ids"][: len(ids)] != ids
+    server.respond = said(after)
+    asked = [(1, Tree(0, np.asarray(ids, np.int32), (), asked=before))]
+    ((_, joined),) = raw.answer(asked, [own_of(tokenizer, "mine")])
+    assert joined.ids[:-1].tolist() == tokenizer(after)["input_ids"]
 
 
 def test_what_is_too_long_is_cut_and_what_broke_off_has_no_end(server: Server, tokenizer: Any) -> None:
@@ -413,8 +435,6 @@ def test_candidates_and_better_ones_do_not_mix_and_candidates_need_rewards(tiny_
 
 
 def test_a_model_of_another_vocabulary_is_refused(tokenizer: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    import copy
-
     larger, folder = copy.deepcopy(tokenizer), tmp_path / "larger"
     larger.add_tokens(["<new>"])
     tiny_llama(vocabulary=len(larger)).save_pretrained(folder)
