@@ -441,13 +441,14 @@ class Format:
       demonstrations  prompt and completion, or messages, or text
       pairs           prompt, chosen and rejected
       labelled        prompt, completion and label, or messages and label
+      groups          prompt, completions and rewards
       prompts         prompt
     Each of these may have `system` and `tools` beside it. It returns None for a row that is left out, and raises
     ValueError, with words for the user, for one that cannot be used.
     """
 
     name: str
-    kind: str  # demonstrations, pairs, labelled or prompts
+    kind: str  # demonstrations, pairs, labelled, groups or prompts
     columns: tuple[str, ...]  # all of them must be there
     description: str
     make: Callable[[Mapping[str, Any]], Any]

@@ -11,7 +11,7 @@ from alignzoo.declared import CONTRACT_RULE, NAME_RULE, Rule, check_contract, na
 from alignzoo.errors import PluginError
 
 RESERVED = ("name", "strict")  # keys of [[callbacks]] that are not settings
-KINDS_OF_ROWS = (*(kind for kind in KINDS if kind != "groups"), "prompts")
+KINDS_OF_ROWS = (*KINDS, "prompts")
 
 
 def _is_words(value: Any) -> bool:

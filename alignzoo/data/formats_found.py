@@ -18,7 +18,7 @@ from alignzoo.plugins import Registry
 from alignzoo.recipe import Recipe, Source
 
 Row = Mapping[str, Any]
-_OWN = ("labelled", "labelled_messages", "pairs", "prompt_completion", "messages", "text", "prompts")
+_OWN = ("labelled", "labelled_messages", "pairs", "prompt_completion", "messages", "text", "groups", "prompts")
 _RETURNED = tuple(known for known in FORMATS if known.name in _OWN)  # what a stranger's `make` may return, by kind
 
 
