@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignzoo.api import (
     Callback,
+    CompletionScores,
     Demonstrations,
     Format,
     Groups,
@@ -17,6 +18,7 @@ from alignzoo.api import (
     NoSettings,
     Pairs,
     Reward,
+    ScoredPairs,
     SequenceStats,
     Step,
     metric,
@@ -33,9 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AlignzooError", "Callback", "Demonstrations", "Format", "Groups", "Labelled", "LogProbs", "Loss", "LossOutput",
-    "Metric", "NoSettings", "Pairs", "Recipe", "Result", "Reward", "SequenceStats", "Step", "hookimpl", "load_recipe",
-    "metric", "run", "setting",
+    "AlignzooError", "Callback", "CompletionScores", "Demonstrations", "Format", "Groups", "Labelled", "LogProbs", "Loss",
+    "LossOutput", "Metric", "NoSettings", "Pairs", "Recipe", "Result", "Reward", "ScoredPairs", "SequenceStats", "Step",
+    "hookimpl", "load_recipe", "metric", "run", "setting",
 ]  # fmt: skip
 
 _LATE = {"load_recipe": "recipe", "Recipe": "recipe", "run": "runner", "Result": "runner"}

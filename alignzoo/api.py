@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CONTRACT", "INVARIANCES", "KINDS", "TOKEN_STATS", "Batch", "Callback", "Demonstrations", "Format", "Groups",
-    "Labelled", "LogProbs", "Loss", "LossOutput", "Metric", "NoSettings", "Pairs", "Reward", "SequenceStats", "Step",
-    "Term", "metric", "setting",
+    "CONTRACT", "INVARIANCES", "KINDS", "TOKEN_STATS", "Batch", "Callback", "CompletionScores", "Demonstrations",
+    "Format", "Groups", "Labelled", "LogProbs", "Loss", "LossOutput", "Metric", "NoSettings", "Pairs", "Reward",
+    "ScoredPairs", "SequenceStats", "Step", "Term", "metric", "setting",
 ]  # fmt: skip
 
 CONTRACT = 1
@@ -117,6 +117,14 @@ class SequenceStats(_HasSums):
         return self.policy, self.reference
 
 
+@dataclass(frozen=True, eq=False)
+class CompletionScores:
+    """What a model with a scalar head makes of N completions, in the place of log-probs. Float32 in training."""
+
+    score: Tensor  # (N,) the head's output at the last token of each completion; it has a gradient in training only
+    lengths: Tensor  # (N,) completion tokens that count
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
     """What every kind of batch carries beside its completions."""
@@ -134,6 +142,14 @@ class Demonstrations(Batch):
 class Pairs(Batch):
     chosen: LogProbs  # N = B
     rejected: LogProbs  # N = B; its T may differ from chosen's
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoredPairs(Batch):
+    """Pairs, for a loss that declares needs_scores."""
+
+    chosen: CompletionScores  # N = B
+    rejected: CompletionScores  # N = B
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -298,7 +314,10 @@ class Loss(_Configured):
       family           the group in `alignzoo losses`
       contract         the version of this contract that the class was written for
       invariances      names out of INVARIANCES, which the conformance kit tests
+      columns          names of columns that must stand in data.keep; or a property that reads self.settings
       token_stats      subset of {"entropy", "log_sum_sq_probs", "is_top1"}: fields of LogProbs to be computed
+      needs_scores     True: learns from a scalar head's scores (model.head = "scalar"), and its batch is ScoredPairs;
+                       with data = "pairs" and needs_reference = False only
       needs_mismatched True: `prepare` also gets, for each row, the completion of another prompt; or a property
       prepare_pass     False: `prepare` reads no log-probs, and the no-grad pass is saved; or a property
       prepare          see below; None: not used
@@ -318,15 +337,20 @@ class Loss(_Configured):
         @property
         def prepare_pass(self) -> bool: ...
 
+        @property
+        def columns(self) -> Sequence[str]: ...
+
     else:
         needs_mismatched = False
         prepare_pass = True
+        columns = ()
 
     paper: ClassVar[str] = ""
     family: ClassVar[str] = ""
     contract: ClassVar[int] = 1
     invariances: ClassVar[frozenset[str]] = frozenset()
     token_stats: ClassVar[frozenset[str] | set[str]] = frozenset()
+    needs_scores: ClassVar[bool] = False
 
     def __call__(self, batch: Any) -> LossOutput:
         """The loss of a batch of the declared kind. Pure: no state, no model, no division by a batch size."""

@@ -205,6 +205,7 @@ class Layout:
     place: npt.NDArray[np.int64]  # (M,) position in the flattened (N * T)
     mask: npt.NDArray[np.bool_]  # (N, T) the tokens that count
     keys: tuple[tuple[int, int], ...]  # (N,) (row of the data set, number of the completion in its tree)
+    ends: npt.NDArray[np.int64]  # (N,) position in the flattened (S * L) of each completion's last token
     pieces: int = 1  # into how many pieces the head cuts M at least: the same on all ranks
     position_ids: npt.NDArray[np.int64] | None = None  # (S, L), of a packed row: a completion goes on from its prompt
     nodes: npt.NDArray[np.int32] | None = None  # (n, 2), of a packed row: each node's length, and which one it goes on
@@ -243,16 +244,17 @@ def padded_layout(trees: Sequence[Tree], *, mismatched: bool = False) -> Layout:
     length = max(len(t.prompt) + len(c.ids) for t, _, c in entries)
     ids = np.zeros((len(entries), length), np.int64)
     attention = np.zeros((len(entries), length), np.int64)
-    source, target = [], []
+    source, target, ends = [], [], []
     for n, (tree, _, completion) in enumerate(entries):
         start, size = len(tree.prompt), len(completion.ids)
+        ends.append(n * length + start + size - 1)
         ids[n, :start], ids[n, start : start + size] = tree.prompt, completion.ids
         attention[n, : start + size] = 1
         source.append(n * length + np.arange(start - 1, start + size - 1))
         target.append(completion.ids.astype(np.int64))
     mask, place = _table([c for *_, c in entries])
     keys = tuple((t.row, slot) for t, slot, _ in entries)
-    return Layout(ids, attention, np.concatenate(source), np.concatenate(target), place, mask, keys)
+    return Layout(ids, attention, np.concatenate(source), np.concatenate(target), place, mask, keys, np.array(ends))
 
 
 def tree_layout(trees: Sequence[Tree], *, mismatched: bool = False, shared: bool = True) -> Layout:
@@ -265,7 +267,7 @@ def tree_layout(trees: Sequence[Tree], *, mismatched: bool = False, shared: bool
     entries = _entries(trees, mismatched)
     ids: list[npt.NDArray[Any]] = []
     nodes: list[tuple[int, int]] = []
-    positions, source, at, prompt = [], [], 0, -1
+    positions, source, ends, at, prompt = [], [], [], 0, -1
     for tree, slot, completion in entries:
         start, size = len(tree.prompt), len(completion.ids)
         if slot == 0 or not shared:
@@ -280,12 +282,13 @@ def tree_layout(trees: Sequence[Tree], *, mismatched: bool = False, shared: bool
         positions.append(np.arange(start, start + size))
         source.append(np.array([first + start - 1, *range(at, at + size - 1)]))
         at += size
+        ends.append(at - 1)
     mask, place = _table([c for *_, c in entries])
     row = np.concatenate(ids).astype(np.int64)
     return Layout(
         row[None], np.ones((1, at), np.int64), np.concatenate(source),
         np.concatenate([c.ids for *_, c in entries]).astype(np.int64), place, mask,
-        tuple((t.row, slot) for t, slot, _ in entries),
+        tuple((t.row, slot) for t, slot, _ in entries), np.array(ends),
         position_ids=np.concatenate(positions)[None], nodes=np.array(nodes, np.int32),
         saved=sum(_repeated(t, mismatched) for t in trees) if shared else 0,
     )  # fmt: skip

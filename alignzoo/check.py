@@ -23,7 +23,7 @@ from alignzoo.data.template import choose_template
 from alignzoo.data.tokenise import ensure_pad_token
 from alignzoo.data.watch import Watch
 from alignzoo.errors import ModelError, PluginError
-from alignzoo.mixture import Mixture
+from alignzoo.mixture import Mixture, what_of
 from alignzoo.plugin_kinds import LossInfo
 from alignzoo.plugins import Registry, discover, make_loss
 from alignzoo.progress import Say, sayer
@@ -33,6 +33,7 @@ from alignzoo.schema import Problem, show
 from alignzoo.tree import Tree
 
 if TYPE_CHECKING:
+    from alignzoo.model import Location
     from alignzoo.reference import ReferencePlan
 
 
@@ -102,6 +103,7 @@ def make_job(
         say("WARNING: [[rewards]] is without effect: without [rollout] nothing is sampled")
     from alignzoo.reference import plan_reference  # torch: a misspelt loss is told before it is imported
 
+    _check_loss_fits(recipe, loss)
     kind = _kind_of_rows(recipe, loss, rewards)
     reference = plan_reference(recipe, loss, live_model=live.model is not None)
     say(f"reference: {reference.words}")
@@ -117,6 +119,8 @@ def make_job(
     if tokenizer is None and location is not None:
         say(f"loading the tokenizer of {recipe.model.path}")
         tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
+    if location is not None:
+        _check_saved_head(recipe, location)
     say(ensure_pad_token(tokenizer))
     _check_vllm(recipe, location)
     others = _find_others(recipe, tokenizer, location, reference.kind)
@@ -145,6 +149,47 @@ def make_job(
         recipe, infos, loss, rewards, registry, reference, location, tokenizer, data, steps, live, others, pairs,
         callbacks,
     )  # fmt: skip
+
+
+def _check_loss_fits(recipe: Recipe, loss: Loss) -> None:
+    """The loss has the head and the columns that it learns from."""
+    scalar, names = recipe.model.head == "scalar", ", ".join(f'"{one.name}"' for one in each_loss(loss))
+    if scalar != loss.needs_scores:
+        right = "scalar" if loss.needs_scores else "lm"
+        has = "gives a score for each completion and no log-probs" if scalar else "gives log-probs and no scores"
+        raise recipe.error(
+            ("model", "head"), f'model.head = "{recipe.model.head}", and loss {names} learns from {what_of(loss)}',
+            why=f"such a head {has}", fix=f'set model.head = "{right}", or take another loss',
+        )  # fmt: skip
+    cannot = {
+        ("rollout",): (recipe.rollout is not None, "a scalar head answers no prompts"),
+        ("model", "router_loss"): (
+            recipe.model.router_loss > 0,
+            "transformers' sequence classifiers have no such loss",
+        ),
+    }
+    for key, (asked, why) in cannot.items():
+        if scalar and asked:
+            raise recipe.error(key, f'{".".join(key)} is set, and model.head = "scalar"', why=why, fix="take it out")
+    missing = [column for column in loss.columns if column not in recipe.data.keep]
+    if missing:
+        raise recipe.error(
+            ("data", "keep"), f'loss {names} reads the column "{missing[0]}", and data.keep does not have it',
+            fix=f"data.keep = {[*recipe.data.keep, *missing]}",
+        )  # fmt: skip
+
+
+def _check_saved_head(recipe: Recipe, location: Location) -> None:
+    """What the model's files hold has a head that the recipe can use."""
+    from alignzoo.model import labels_of
+
+    labels, head = labels_of(location), recipe.model.head
+    if labels and (head == "lm" or labels != 1):
+        what = "a reward model" if labels == 1 else f"a classifier with {labels} outputs"
+        raise recipe.error(
+            ("model", "path"), f'model.path = {recipe.model.path} holds {what}, and model.head = "{head}"',
+            fix="name a language model" if head == "lm" else "name a language model, or a reward model",
+        )  # fmt: skip
 
 
 def _in_memory(live: Live) -> Live:

@@ -38,6 +38,11 @@ _RULES: dict[str, Rule] = {
     "data": (lambda v: isinstance(v, str) and v in KINDS, "one of " + ", ".join(f'"{kind}"' for kind in KINDS)),
     "needs_reference": _BY_SETTINGS,
     "contract": CONTRACT_RULE,
+    "columns": (
+        lambda v: isinstance(v, property) or (isinstance(v, tuple | list) and all(isinstance(c, str) for c in v)),
+        "a tuple of names, or a property",
+    ),
+    "needs_scores": (lambda v: isinstance(v, bool), "True or False"),
     "token_stats": (lambda v: _is_names(v, TOKEN_STATS), "a set out of " + ", ".join(sorted(TOKEN_STATS))),
     "invariances": (lambda v: _is_names(v, frozenset(INVARIANCES)), "a set out of " + ", ".join(INVARIANCES)),
     "needs_mismatched": _BY_SETTINGS,
@@ -57,7 +62,7 @@ def check_loss_class(cls: type[Loss]) -> None:
     check_contract(who, inspect.getattr_static(cls, "contract"))
     missing = [name for name in DECLARED if name not in vars(cls)]
     faults = ["does not declare " + ", ".join(missing) + " in the class itself"] if missing else []
-    faults += _attribute_faults(cls, missing)
+    faults += _attribute_faults(cls, missing) + _score_faults(cls)
     if cls.__call__ is Loss.__call__:
         faults.append("has no __call__")
     if "Settings" not in missing:
@@ -97,6 +102,18 @@ def _attribute_faults(cls: type[Loss], missing: Sequence[str]) -> list[str]:
         for name, value in values.items()
         if not _RULES[name][0](value)
     ]
+
+
+_OF_SCORES = {"data": "pairs", "needs_reference": False, "needs_mismatched": False, "token_stats": frozenset()}
+
+
+def _score_faults(cls: type[Loss]) -> list[str]:
+    """What a loss of scores asks for that comes of log-probs only."""
+    if cls.needs_scores is not True:
+        return []
+    wanted: dict[str, Any] = {**_OF_SCORES, **({} if cls.prepare is Loss.prepare else {"prepare_pass": False})}
+    wrong = [(name, value) for name, value in wanted.items() if inspect.getattr_static(cls, name, None) != value]
+    return [f"needs_scores = True goes with {name} = {schema.show(value)} only" for name, value in wrong]
 
 
 def _meant(name: str, value: Any) -> str:

@@ -23,7 +23,17 @@ from alignzoo.evalrows import RowScores
 from alignzoo.logprobs import Scorer, is_mixture_of_experts
 from alignzoo.metrics import Accumulator, memory_gib, record, record_preference
 from alignzoo.micro import BadRows, MicroBatch, Round, Tally, Whole, memory_in_words, rounds_of
-from alignzoo.objective import Objective, Prepared, Scored, State, count_units, make_step, masked_sum, pairs_of
+from alignzoo.objective import (
+    Objective,
+    Prepared,
+    Scored,
+    State,
+    count_units,
+    make_step,
+    masked_sum,
+    of_policy,
+    pairs_of,
+)  # fmt: skip
 from alignzoo.optim import make_optimizer, make_schedule
 from alignzoo.progress import StepProgress, brief
 from alignzoo.recipe import Recipe
@@ -234,7 +244,7 @@ class Engine:
         """This rank's part of the step's loss in a round, and of its router loss."""
         output, scores = self._apply(round, metrics, self.step_reference, bad)
         if round.mine is None or output is None:
-            nothing = scores["logps"].sum() * 0.0
+            nothing = of_policy(scores).sum() * 0.0
             return nothing, nothing * scores.get("router_loss", 0.0)
         self._check_units(round.mine, output)
         loss = torch.stack([masked_sum(t) / max(u, 1) for t, u in zip(output.terms, whole.units, strict=True)]).sum()
@@ -262,8 +272,8 @@ class Engine:
         batch = self.objective.batch(Scored(micro.trees, micro.layout, scores, table, micro.step))
         output = self.objective(batch)
         record(metrics, self.objective.loss.name, batch, output)
-        bad.look(micro, scores["logps"], table, output)
-        if seen is not None:
+        bad.look(micro, of_policy(scores), table, output)
+        if seen is not None and "logps" in scores:
             seen.look(round.layout, scores["logps"], table)
         return output, scores
 
@@ -380,9 +390,9 @@ class Engine:
                 self._evaluate_pairs(trees, metrics, seen)
                 progress.advance(number)
         self._stop_if(bad, f"evaluation at step {step}", step)
-        rows = pairs or (
-            () if self.online is not None else held_out
-        )  # answers that were just made are no rows of others
+        # answers that were just made are no rows of others, and scores are no log-probs
+        unlike = self.online is not None or self.objective.loss.needs_scores
+        rows = pairs or (() if unlike else held_out)
         self.on_rows(step, rows, RowScores.merged(of_all_ranks(self.accelerator, seen)))
         line: Record = {"step": step, "epoch": round(epoch, 6), "eval_loss": loss}
         if not blocks:

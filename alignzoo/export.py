@@ -26,6 +26,7 @@ from alignzoo.model import (
     add_adapter,
     from_anywhere,
     hash_weights,
+    labels_of,
     load_model,
     load_tokenizer,
     locate,
@@ -179,7 +180,7 @@ def _from_model(folder: Path, wanted: _Wanted, say: Say) -> Path:
             aside.rename(wanted.to)
         return wanted.to
     run_dir = RunDir(folder.resolve().parent)
-    settings = Model(path=str(folder))
+    settings = Model(path=str(folder), head="scalar" if labels_of(where) else "lm")
     if (run_dir.path / "recipe.toml").is_file():
         recipe = load_recipe(run_dir.path / "recipe.toml")
         settings = recipe.model

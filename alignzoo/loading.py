@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from alignzoo.batch import PADDED, Layout, Way, padded_layout
 from alignzoo.check import Job
 from alignzoo.engine import Engine
 from alignzoo.errors import ModelError
-from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts, positions_of
-from alignzoo.model import Location, add_adapter, load_model, locate, set_dropout
+from alignzoo.logprobs import Scorer, check_scorer, is_mixture_of_experts, is_scalar, positions_of, values_of
+from alignzoo.model import Location, add_adapter, load_model, locate, set_dropout, set_pad_token
 from alignzoo.progress import Say
 from alignzoo.recipe import Model, Recipe
 from alignzoo.sharding import full_shape, sharded_loading
@@ -39,6 +40,7 @@ def load_models(job: Job, accelerator: Accelerator, say: Say) -> tuple[Scorer, S
         say(f"loading {recipe.model.path} ({recipe.model.dtype})")
         assert job.location is not None
         model = _load(job, job.location, recipe.model, accelerator, say)
+    _check_head(job, model)
     changed = set_dropout(model, recipe.model.dropout)
     if changed:
         say(f"dropout: set to {recipe.model.dropout} in {changed} places of the model")
@@ -55,17 +57,31 @@ def load_models(job: Job, accelerator: Accelerator, say: Say) -> tuple[Scorer, S
     return scorer, frozen
 
 
+def _check_head(job: Job, model: Any) -> None:
+    """A model given from Python has the head that the recipe names. A scalar one is told the pad token."""
+    scalar = job.recipe.model.head == "scalar"
+    if scalar != is_scalar(model) or (scalar and model.config.num_labels != 1):
+        wanted = "AutoModelForSequenceClassification with num_labels = 1" if scalar else "AutoModelForCausalLM"
+        raise job.recipe.error(
+            ("model", "head"), f'model.head = "{job.recipe.model.head}", and the model is a {type(model).__name__}',
+            fix=f"give a model of {wanted}",
+        )  # fmt: skip
+    if scalar:
+        set_pad_token(model, job.tokenizer)
+
+
 def _load(job: Job, where: Location, settings: Model, accelerator: Accelerator, say: Say, trained: bool = True) -> Any:
     """A model; under ZeRO-3 each rank holds its share from the start, where its files allow that."""
+    seed = job.recipe.train.seed
     if job.recipe.engine.zero < 3:
-        return load_model(where, settings, say)
+        return load_model(where, settings, say, seed=seed)
     whole = "a GGUF file" if where.gguf else "an adapter over its base" if where.base else None
     if whole:
         say(f"engine.zero = 3: {whole} is loaded whole on every rank, and shared out afterwards")
-        return load_model(where, settings, say)
+        return load_model(where, settings, say, seed=seed)
     say(f"engine.zero = 3: each rank holds 1/{accelerator.num_processes} of the weights from the start")
-    with sharded_loading(job.recipe, accelerator, trained):
-        return load_model(where, settings, say)
+    shared = partial(sharded_loading, job.recipe, accelerator, trained)
+    return load_model(where, settings, say, seed=seed, around=shared)
 
 
 def load_reference(job: Job, start: Any, accelerator: Accelerator, say: Say) -> Scorer:
@@ -219,24 +235,27 @@ def _try(
     scorer.eval()
     try:
         rows = PADDED.layout(trees)
-        padded = forward(rows)["logps"]
+        padded = values_of(forward(rows), rows)
         with attention.windows_seen() as seen:
             packed = _packed(scorer, forward, way.layout(trees))
     except CannotPack as error:
         return str(error)
     finally:
         scorer.train(was_training)
-    apart = (padded.double() - packed.double()).abs().flatten()[torch.from_numpy(rows.place).to(padded.device)]
+    apart = (padded.double() - packed.double()).abs()
     worst, tolerance = (apart.max().item(), 1e-3) if exact else (apart.mean().item(), 0.1)
     if windows and sorted(w for w in seen if w is not None) != sorted(windows):
         return "its layers do not tell their sliding window"
-    return "" if worst <= tolerance else f"its log-probs would differ by {worst:.2g} nats a token"
+    if worst <= tolerance:
+        return ""
+    what, unit = ("scores", "") if is_scalar(scorer.causal_lm) else ("log-probs", " nats a token")
+    return f"its {what} would differ by {worst:.2g}{unit}"
 
 
 def _packed(scorer: Scorer, forward: Callable[[Layout], Any], layout: Layout) -> Tensor:
-    """Log-probs of a packed row; without flex_attention where this machine cannot compile it."""
+    """The values of a packed row; without flex_attention where this machine cannot compile it."""
     try:
-        return forward(layout)["logps"]  # type: ignore[no-any-return]
+        return values_of(forward(layout), layout)
     except CannotPack:
         raise
     except Exception as error:
@@ -244,7 +263,7 @@ def _packed(scorer: Scorer, forward: Callable[[Layout], Any], layout: Layout) ->
             raise
         warnings.warn(f"flex_attention failed, attention is computed node by node: {error}", stacklevel=2)
         scorer.flex = False
-        return forward(layout)["logps"]  # type: ignore[no-any-return]
+        return values_of(forward(layout), layout)
 
 
 def trial_trees(tree: Tree) -> list[Tree]:

@@ -1,8 +1,11 @@
-"""Log-probabilities of completions, computed inside the module that accelerate wraps.
+"""Log-probabilities or scores of completions, computed inside the module that accelerate wraps.
 
 The hooks of ZeRO-3 and DDP fire when the wrapped module is called, so the decoder, the head and the log-softmax all run
 in `Scorer.forward`. The head runs at completion positions only, some hundred at a time, through the model class's own
 forward: whatever a class does after its decoder (bias, soft-capping, scaling, LoRA on the head) is done here too.
+
+A model with a scalar head gives one score for each completion, read where transformers' sequence classifiers read it:
+at the last token that is not the pad token. A pad token that is EOS too may end a completion, and is passed over.
 
 Shapes: S sequences of L positions, N completions of T tokens, M completion tokens in all, V the vocabulary.
 """
@@ -10,7 +13,7 @@ Shapes: S sequences of L positions, N completions of T tokens, M completion toke
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,10 +33,11 @@ Inside = Callable[[Callable[[Any], Any]], Any]  # runs something with the model,
 
 
 class Scorer(nn.Module):
-    """Owns a causal language model; called with a layout it returns per-token log-probs.
+    """Owns a causal model; called with a layout it returns per-token log-probs, or scores where its head is scalar.
 
     `forward(layout, stats)` gives {"logps": (N, T) float32} and, for each name in `stats`, that field of LogProbs,
     detached; with router_loss also {"router_loss": ()}. Outside the layout's tokens the values are 0.
+    With a scalar head it gives {"score": (N,) float32} and no more.
     """
 
     def __init__(self, model: Any, *, router_loss: bool = False) -> None:
@@ -68,8 +72,11 @@ class Scorer(nn.Module):
         if self.router_loss:
             options["output_router_logits"] = True
         outputs = _decoder(lm)(input_ids=_tensor(layout.input_ids, device), use_cache=False, **options)
-        hidden = outputs[0]  # (S, L, H)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, _tensor(layout.source, device))  # (M, H)
+        hidden = outputs[0].flatten(0, 1)  # (S * L, H)
+        if is_scalar(lm):
+            ends = hidden.index_select(0, _tensor(read_at(layout, pad_token(lm)), device))  # (N, H)
+            return {"score": _exact(lm.score(ends)[:, 0])}
+        rows = hidden.index_select(0, _tensor(layout.source, device))  # (M, H)
         columns = self._score_rows(lm, rows, _tensor(layout.target, device), stats, head_pieces(layout))
         place, shape = _tensor(layout.place, device), layout.mask.shape
         scores = {name: _spread(values, place, shape) for name, values in columns.items()}
@@ -99,6 +106,44 @@ class Scorer(nn.Module):
     def without_adapter(self) -> AbstractContextManager[Any]:
         """The base model, for a reference that is the base; without an adapter it is the model itself."""
         return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+
+
+def is_scalar(lm: Any) -> bool:
+    """Is it a sequence classifier, which has the head `score`, and not a language model?"""
+    return hasattr(lm, "score")
+
+
+def pad_token(lm: Any) -> int | None:
+    pad: int | None = lm.config.get_text_config().pad_token_id
+    return pad
+
+
+def read_at(layout: Layout, pad: int | None) -> np.ndarray[Any, Any]:
+    """(N,) where the score of each completion is read: its last token but pad tokens, at most back to the prompt's end.
+
+    Positions in the flattened (S * L).
+    """
+    if pad is None:
+        return layout.ends
+    ids, found = layout.input_ids.reshape(-1), layout.ends.copy()
+    starts = np.searchsorted(layout.place, np.arange(len(found)) * layout.mask.shape[1])
+    for n, before in enumerate(np.split(layout.source, starts[1:])):  # what predicts a token stands before it
+        for position in before[::-1]:
+            if ids[found[n]] != pad:
+                break
+            found[n] = position
+    return found
+
+
+def values_of(scores: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """What a Scorer found as a flat list: log-probs of the tokens, (M,), or scores, (N,)."""
+    if "score" in scores:
+        return scores["score"]
+    return scores["logps"].flatten()[torch.from_numpy(layout.place).to(scores["logps"].device)]
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _tensor(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -189,8 +234,7 @@ def _router_loss(lm: Any, outputs: Any, attention_mask: Tensor) -> Tensor:
 
 def _chunk_scores(head: _HeadOnly, rows: Tensor, target: Tensor, stats: Collection[str]) -> Scores:
     """Log-prob of each target, (m,), and the statistics asked for, from (m, H) hidden states."""
-    logits = head(rows)  # (m, V)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = _exact(head(rows))  # (m, V)
     normaliser = logits.logsumexp(-1)  # (m,)
     scores = {"logps": logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - normaliser}
     return scores | token_stats(logits.detach(), normaliser.detach(), target, stats)
@@ -211,15 +255,10 @@ def check_scorer(scorer: Scorer, layout: Layout, inside: Inside | None = None) -
     was_training, lm = scorer.training, scorer.causal_lm
 
     def difference(_: Any) -> Tensor:
-        device = scorer.device
-        ids, mask = _tensor(layout.input_ids, device), _tensor(layout.attention_mask, device)
-        logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logits = logits.reshape(-1, logits.shape[-1]).index_select(0, _tensor(layout.source, device))
-        found.add(logits.dtype)
-        plain = logits.float().log_softmax(-1).gather(-1, _tensor(layout.target, device).unsqueeze(-1)).squeeze(-1)
+        plain, dtype = (_plain_scores if is_scalar(lm) else _plain_log_probs)(lm, layout, scorer.device)
+        found.add(dtype)
         # not scorer.forward, which accelerate wraps: entered twice, its autocast would never be left
-        ours = Scorer.forward(scorer, layout)["logps"].reshape(-1).index_select(0, _tensor(layout.place, device))
-        worst: Tensor = (plain - ours.float()).abs().max()
+        worst: Tensor = (plain - values_of(Scorer.forward(scorer, layout), layout).float()).abs().max()
         return worst
 
     found: set[torch.dtype] = set()
@@ -228,10 +267,28 @@ def check_scorer(scorer: Scorer, layout: Layout, inside: Inside | None = None) -
         worst = (inside or (lambda run: run(scorer.model)))(difference).item()
     finally:
         scorer.train(was_training)
+    what = "scores" if is_scalar(lm) else "log-probs"
     tolerance = 1e-3 if found <= {torch.float32, torch.float64} else 0.1
     if not worst <= tolerance:
         raise ModelError(
-            f"{type(lm).__name__}: log-probs differ from the model's own logits by {worst:.2g} nats",
+            f"{type(lm).__name__}: {what} differ from the model's own logits by {worst:.2g}",
             why="this class computes its logits in a way that alignzoo does not know",
             fix="please report the model; it cannot be trained correctly as it is",
         )
+
+
+def _plain_log_probs(lm: Any, layout: Layout, device: torch.device) -> tuple[Tensor, torch.dtype]:
+    """(M,) of the model's own forward, and the type of its logits."""
+    ids, mask = _tensor(layout.input_ids, device), _tensor(layout.attention_mask, device)
+    logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    rows = logits.reshape(-1, logits.shape[-1]).index_select(0, _tensor(layout.source, device))
+    target = _tensor(layout.target, device).unsqueeze(-1)
+    return rows.float().log_softmax(-1).gather(-1, target).squeeze(-1), logits.dtype
+
+
+def _plain_scores(lm: Any, layout: Layout, device: torch.device) -> tuple[Tensor, torch.dtype]:
+    """(N,) of the model's own forward, a row at a time: pad tokens are known by their id there."""
+    lengths = layout.attention_mask.sum(-1).tolist()
+    rows = [_tensor(row[None, :n], device) for row, n in zip(layout.input_ids, lengths, strict=True)]
+    logits = torch.cat([lm(input_ids=row, use_cache=False).logits for row in rows])
+    return logits[:, 0].float(), logits.dtype

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignzoo.api import Batch, Labelled, LogProbs, LossOutput, Metric, Pairs
+from alignzoo.api import Batch, Labelled, LogProbs, LossOutput, Metric, Pairs, ScoredPairs
 from alignzoo.errors import PluginError
 from alignzoo.objective import log_probs_of
 from alignzoo.records import TIE
@@ -125,8 +125,10 @@ def _sides(batch: Batch, sequences: Mapping[str, LogProbs]) -> dict[str, tuple[L
 
 def _record_rewards(into: Accumulator, batch: Batch, output: LossOutput) -> None:
     rewards = output.rewards
-    if isinstance(batch, Pairs):
-        prefix, (chosen, rejected) = ("rewards", rewards) if isinstance(rewards, tuple) else _implicit(batch)
+    if isinstance(batch, ScoredPairs) and rewards is None:
+        rewards = (batch.chosen.score, batch.rejected.score)
+    if isinstance(batch, Pairs | ScoredPairs):
+        prefix, (chosen, rejected) = ("rewards", rewards) if isinstance(rewards, tuple) else _implicit(batch)  # type: ignore[arg-type]
         if prefix != "mean_logps":  # those are there already
             into.mean(f"{prefix}/chosen", chosen)
             into.mean(f"{prefix}/rejected", rejected)

@@ -137,10 +137,11 @@ class BadRows:
     rows: list[str] = field(default_factory=list)
 
     def look(self, micro: MicroBatch, policy: Tensor, reference: Tensor | None, output: LossOutput) -> None:
-        tables = {"a log-prob of the policy": policy, "a log-prob of the reference": reference}
-        for what, table in tables.items():
+        """policy: (N, T) log-probs, or (N,) scores."""
+        of_policy = "a log-prob of the policy" if policy.dim() > 1 else "a score"
+        for what, table in {of_policy: policy, "a log-prob of the reference": reference}.items():
             if table is not None and not torch.isfinite(table).all():
-                index = (~torch.isfinite(table)).any(-1).nonzero().flatten().tolist()
+                index = (~torch.isfinite(table)).view(len(table), -1).any(-1).nonzero().flatten().tolist()
                 self._add(what, {micro.layout.keys[n][0] for n in index}, micro)
                 return
         if not all(torch.isfinite(masked_sum(t)) for t in output.terms):

@@ -50,6 +50,13 @@ class Mixture(Loss):
                 + ", ".join(f"{loss.name} eats {loss.data}" for loss in losses),
                 fix="combine losses on the same kind of data; one on demonstrations goes with pairs too",
             )
+        if len({loss.needs_scores for loss in losses}) > 1:
+            raise PluginError(
+                "these losses cannot share a model: "
+                + ", ".join(f"{loss.name} learns from {what_of(loss)}" for loss in losses),
+                fix="combine losses of scores with each other, and losses of log-probs with each other",
+            )
+        self.needs_scores = losses[0].needs_scores  # type: ignore[misc]
         self.name, self.data = "+".join(names), "pairs" if len(kinds) > 1 else kinds.pop()
         self.token_stats = frozenset().union(*(loss.token_stats for loss in losses))  # type: ignore[misc]
 
@@ -60,6 +67,10 @@ class Mixture(Loss):
     @property
     def needs_mismatched(self) -> bool:
         return any(part.loss.needs_mismatched for part in self.parts)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column for part in self.parts for column in part.loss.columns))
 
     @property
     def prepare_pass(self) -> bool:
@@ -99,6 +110,11 @@ class Mixture(Loss):
         if isinstance(batch, Pairs) and part.loss.data == "demonstrations":
             return Demonstrations(completion=batch.chosen, extra=own.extra, step=own.step)
         return own
+
+
+def what_of(loss: Loss) -> str:
+    """What a loss learns from, in words."""
+    return "scores" if loss.needs_scores else "log-probs"
 
 
 def _of(part: Part, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,18 +7,25 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from alignzoo.errors import ModelError
 from alignzoo.hashes import remembered_hash as hash_file
+from alignzoo.logprobs import is_scalar
 from alignzoo.progress import Say
 from alignzoo.recipe import LoRA, Model
 
@@ -132,14 +139,27 @@ def load_tokenizer(where: Location, *, trust_remote_code: bool = False) -> Any:
         raise _loading_error("tokenizer", where, error) from error
 
 
-def load_model(where: Location, model: Model, say: Say) -> Any:
-    """The causal language model, float32 by default; an adapter's is merged into its base."""
+def load_model(
+    where: Location,
+    model: Model,
+    say: Say,
+    *,
+    seed: int = 0,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Any:
+    """The causal model, float32 by default; an adapter's is merged into its base.
+
+    seed: of a scalar head, where the location holds a language model; around: a context for from_pretrained
+    """
+    if model.head == "scalar" and not labels_of(where):
+        language_model = load_model(where, replace(model, head="lm"), say, around=around)
+        return with_scalar_head(language_model, seed, say)
     if where.base is not None:
         from peft import PeftModel
 
         say(f"merging the adapter {where.path} into its base")
         with _quiet_peft():
-            adapted = PeftModel.from_pretrained(load_model(where.base, model, say), where.path)
+            adapted = PeftModel.from_pretrained(load_model(where.base, model, say, around=around), where.path)
         return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
     if model.trust_remote_code:
         say(f"WARNING: model.trust_remote_code: code that comes with {where.path} runs with your rights")
@@ -150,11 +170,64 @@ def load_model(where: Location, model: Model, say: Say) -> Any:
         options["quantization_config"] = _quantization(model)
     if where.gguf is None:
         options["use_safetensors"] = True  # a pickle from outside is never opened
+    auto = AutoModelForSequenceClassification if model.head == "scalar" else AutoModelForCausalLM
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(where.path, **where.tokenizer_kwargs, **options)
+        with around():
+            loaded = auto.from_pretrained(where.path, **where.tokenizer_kwargs, **options)
     except Exception as error:
         raise _loading_error("model", where, error) from error
     return as_plain_model(loaded) if where.gguf else loaded
+
+
+def labels_of(where: Location) -> int:
+    """The outputs of the sequence classifier that a location holds, an adapter's being 1; 0: a language model.
+
+    Raises ModelError where its config.json cannot be had.
+    """
+    if where.base is not None:
+        adapter = json.loads((Path(where.path) / "adapter_config.json").read_text())
+        return int(adapter.get("task_type") == "SEQ_CLS") or labels_of(where.base)
+    if where.gguf is not None:
+        return 0
+    try:
+        config, _ = PretrainedConfig.get_config_dict(where.path, **where.tokenizer_kwargs)
+    except Exception as error:
+        raise _loading_error("model", where, error) from error
+    if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return 0
+    return PretrainedConfig.from_dict(config).num_labels  # type: ignore[no-any-return]
+
+
+def with_scalar_head(lm: Any, seed: int, say: Say) -> Any:
+    """transformers' sequence classifier with one output around the body of a language model.
+
+    The head's weights are drawn as transformers draws them, from N(0, initializer_range^2), and by the seed alone; a
+    bias, where the class has one, is 0. Raises ModelError for a model that transformers has no such class of.
+    """
+    config = lm.config
+    cls: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    config.num_labels = 1
+    if cls is not None:
+        with torch.device("meta"):
+            model = cls(config)
+    body = getattr(lm, lm.base_model_prefix, None)
+    if cls is None or not is_scalar(model) or type(getattr(model, model.base_model_prefix, None)) is not type(body):
+        raise ModelError(
+            f'model.head = "scalar": transformers has no sequence classifier on the body of {type(lm).__name__}',
+            fix="train a reward model from another family, e.g. Llama, Qwen, Mistral, Gemma, GPT-2",
+        )
+    for name, value in vars(lm).items():  # what loading left on the model, of quantisation among others
+        vars(model).setdefault(name, value)
+    setattr(model, model.base_model_prefix, body)
+    model.score.to(lm.dtype).to_empty(device=lm.device)
+    spread = getattr(config.get_text_config(), "initializer_range", 0.02)
+    weight = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(seed)) * spread
+    with torch.no_grad():
+        model.score.weight.copy_(weight)
+        if model.score.bias is not None:
+            model.score.bias.zero_()
+    say(f"scalar head: {weight.numel():,} fresh weights drawn with seed {seed}, in the place of the vocabulary's head")
+    return model.train(lm.training)
 
 
 def as_plain_model(model: Any) -> Any:
@@ -194,6 +267,12 @@ def _loading_error(what: str, where: Location, error: Exception) -> ModelError:
     return ModelError(f"{what} {where.path} cannot be loaded", why=f"{type(error).__name__}: {reason}")
 
 
+def set_pad_token(model: Any, tokenizer: Any) -> None:
+    """Lets a sequence classifier know the tokenizer's pad token: it reads its score at the last token before those."""
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+
+
 # --- making it ready -------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +304,7 @@ def add_adapter(model: Any, lora: LoRA, quantised: bool) -> Any:
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_scalar(model) else "CAUSAL_LM",  # SEQ_CLS: the head is trained whole, and saved
         r=lora.rank,
         lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,
         lora_dropout=lora.dropout,
@@ -255,6 +334,8 @@ def save_model(
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     adapted = hasattr(model, "get_base_model")
+    if is_scalar(model):
+        set_pad_token(model, tokenizer)
     if adapted and merge:
         model = model.merge_and_unload()
     model.save_pretrained(aside, **({} if state is None else {"state_dict": state}))

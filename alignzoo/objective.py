@@ -1,6 +1,6 @@
-"""Between the scorer and a loss: log-probs into the batch that the loss eats, and its output checked.
+"""Between the scorer and a loss: log-probs or scores into the batch that the loss eats, and its output checked.
 
-The only place that knows how trees become `Demonstrations`, `Pairs`, `Labelled` and `Groups`.
+The only place that knows how trees become `Demonstrations`, `Pairs`, `ScoredPairs`, `Labelled` and `Groups`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from alignzoo.api import (
     KINDS,
     Batch,
+    CompletionScores,
     Demonstrations,
     Groups,
     Labelled,
@@ -24,6 +25,7 @@ from alignzoo.api import (
     LossOutput,
     Metric,
     Pairs,
+    ScoredPairs,
     SequenceStats,
     Step,
     Term,
@@ -52,13 +54,22 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A micro-batch with its log-probs."""
+    """A micro-batch with what a Scorer made of it."""
 
     trees: Sequence[Tree]
     layout: Layout
-    scores: Mapping[str, Tensor]  # logps (N, T) and token statistics
+    scores: Mapping[str, Tensor]  # logps (N, T) and token statistics, or score (N,)
     reference: Tensor | None  # (N, T)
     step: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return of_policy(self.scores).device
+
+
+def of_policy(scores: Mapping[str, Tensor]) -> Tensor:
+    """What a Scorer made of the completions: log-probs (N, T), or scores (N,)."""
+    return scores["score"] if "score" in scores else scores["logps"]
 
 
 class Objective:
@@ -70,7 +81,8 @@ class Objective:
 
     def batch(self, scored: Scored) -> Batch:
         """The batch of the loss's kind of data."""
-        return _BATCHES[self.loss.data](self.loss, scored)
+        make = _scored_pairs if self.loss.needs_scores else _BATCHES[self.loss.data]
+        return make(self.loss, scored)
 
     def __call__(self, batch: Batch) -> LossOutput:
         """The loss's output, checked against the contract."""
@@ -85,12 +97,14 @@ class Objective:
         The loss is asked with made-up log-probs: its masks depend on the data, never on log-probs (the contract).
         """
         made_up = torch.full(layout.mask.shape, -1.0)
-        stats = {name: torch.zeros(layout.mask.shape) for name in self.stats}
-        if "is_top1" in stats:
-            stats["is_top1"] = stats["is_top1"].bool()
+        scores = {"logps": made_up, **{name: torch.zeros(layout.mask.shape) for name in self.stats}}
+        if "is_top1" in scores:
+            scores["is_top1"] = scores["is_top1"].bool()
+        if self.loss.needs_scores:
+            scores = {"score": torch.zeros(len(layout.mask))}
         reference = made_up if self.loss.needs_reference else None
         on_cpu = {name: value.cpu() for name, value in step.items()}
-        output = self(self.batch(Scored(trees, layout, {"logps": made_up, **stats}, reference, on_cpu)))
+        output = self(self.batch(Scored(trees, layout, scores, reference, on_cpu)))
         return tuple(count_units(term) for term in output.terms)
 
     def prepare(self, step: Step, state: State, n_completions: int) -> tuple[dict[str, Tensor], State]:
@@ -122,8 +136,7 @@ def masked_sum(term: Term) -> Tensor:
 
 def _log_probs(owner: str, stats: Collection[str], scored: Scored, slot: int | None) -> LogProbs:
     """The completions of one slot (0 chosen, 1 rejected; None: all), cut to the longest of them."""
-    device = scored.scores["logps"].device
-    mask = torch.from_numpy(scored.layout.mask).to(device)
+    mask = torch.from_numpy(scored.layout.mask).to(scored.device)
     rows = [n for n, (_, k) in enumerate(scored.layout.keys) if slot is None or k == slot]
     width = int(mask[rows].any(0).nonzero().max()) + 1
 
@@ -136,8 +149,7 @@ def _log_probs(owner: str, stats: Collection[str], scored: Scored, slot: int | N
 
 
 def _common(scored: Scored) -> dict[str, Any]:
-    device = scored.scores["logps"].device
-    return {"extra": extra_columns(scored.trees, device), "step": scored.step}
+    return {"extra": extra_columns(scored.trees, scored.device), "step": scored.step}
 
 
 def extra_columns(trees: Sequence[Tree], device: torch.device) -> dict[str, Tensor]:
@@ -156,6 +168,13 @@ def _pairs(loss: Loss, scored: Scored) -> Batch:
         rejected=_log_probs(loss.name, loss.token_stats, scored, 1),
         **_common(scored),
     )
+
+
+def _scored_pairs(_: Loss, scored: Scored) -> Batch:
+    slots = torch.tensor([slot for _, slot in scored.layout.keys], device=scored.device)
+    score, lengths = scored.scores["score"], torch.from_numpy(scored.layout.mask).to(scored.device).sum(-1)
+    chosen, rejected = (CompletionScores(score[slots == slot], lengths[slots == slot]) for slot in (0, 1))
+    return ScoredPairs(chosen=chosen, rejected=rejected, **_common(scored))
 
 
 def pairs_of(scored: Scored) -> Pairs:
@@ -250,9 +269,8 @@ def check_output(loss: Loss, batch: Batch, output: Any) -> None:
     """Raises PluginError where shapes, masks, metrics or rewards do not fit the batch."""
     if not isinstance(output, LossOutput):
         raise _breach(loss, f"it returned a {type(output).__name__}, not a LossOutput")
-    sequences = list(log_probs_of(batch).values())
-    n = sequences[0].mask.shape[0]
-    tables = {tuple(s.mask.shape) for s in sequences}
+    tables = {tuple(s.mask.shape) for s in log_probs_of(batch).values()}  # none of scores
+    n = len(batch.chosen.score) if isinstance(batch, ScoredPairs) else min(tables)[0]
     for term in output.terms:
         _check_term(loss, term, n, tables)
     for name, value in output.metrics.items():
@@ -281,7 +299,7 @@ def _check_term(loss: Loss, term: Term, n: int, tables: set[tuple[int, ...]]) ->
     if term.per == "example" and shape != (n,):
         raise _breach(loss, f"a loss per example has shape {shape}; wanted ({n},)")
     if term.per == "token" and shape not in tables:
-        wanted = " or ".join(str(t) for t in sorted(tables))
+        wanted = " or ".join(str(t) for t in sorted(tables)) or "one per example: scores have no tokens"
         raise _breach(loss, f"a loss per token has shape {shape}; wanted {wanted}")
     if term.per not in ("example", "token"):
         raise _breach(loss, f'per = {term.per!r}; wanted "example" or "token"')

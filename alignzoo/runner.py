@@ -228,7 +228,7 @@ class Training:
 
     def run(self) -> Result:
         began, start = time.monotonic(), 0
-        asked, prompts = sample_prompts(self.job)
+        asked, prompts = sample_prompts(self.job, self.say)
         if self.place.reader is not None:
             start = self._restore(self.place.reader)
         elif prompts:
@@ -391,9 +391,13 @@ class Training:
         return Result(metrics, run_dir.path, model_path, figures)
 
 
-def sample_prompts(job: Job) -> tuple[list[str], list[list[int]]]:
+def sample_prompts(job: Job, say: Say) -> tuple[list[str], list[list[int]]]:
     """samples.prompts and samples.from_eval held-out ones, evenly spread: as a person reads them, and as token ids."""
     settings, held_out = job.recipe.samples, job.data.eval
+    if job.recipe.model.head == "scalar":
+        if settings.prompts or settings.from_eval:
+            say('no sample answers: model.head = "scalar" gives scores, and answers nothing')
+        return [], []
     template = choose_template(job.recipe.data, job.tokenizer)
     asked = list(settings.prompts)
     ids = [prompt_ids(text, template, job.tokenizer, settings.system) for text in asked]

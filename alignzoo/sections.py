@@ -31,6 +31,10 @@ class Model:
         "a local folder, a hub id, a .gguf file, package:NAME/FILE.gguf, or run:DIR for a finished run's model",
     )
     revision: str | None = setting(None, "branch, tag or commit on the hub")
+    head: Literal["lm", "scalar"] = setting(
+        "lm",
+        "lm: a language model; scalar: one output, read at the last token: a reward model, for losses of scores",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "float32", "type of the stored weights; auto: as they were saved"
     )
@@ -113,7 +117,9 @@ class Train:
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "Adam's decay rates", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "Adam's epsilon", gt=0)
     max_grad_norm: float = setting(1.0, "clip the gradient's L2 norm; 0: off", ge=0)
-    seed: int = setting(42, "seed of the data order, the adapter's start and every dropout", ge=0)
+    seed: int = setting(
+        42, "seed of the data order, the start of adapters and of a scalar head, and every dropout", ge=0
+    )
 
 
 @dataclass(frozen=True)

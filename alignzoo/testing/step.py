@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignzoo.api import Batch, Groups, LogProbs, Loss, LossOutput, Step
+from alignzoo.api import Batch, Groups, LogProbs, Loss, LossOutput, ScoredPairs, Step
 from alignzoo.batch import Layout, padded_layout
 from alignzoo.metrics import Accumulator, record
 from alignzoo.objective import Objective, Prepared, Scored, State, count_units, log_probs_of, make_step, masked_sum
@@ -112,7 +112,10 @@ def _span(rows: Rows, row: int, slot: int, size: int) -> slice:
 def make_batch_of(
     objective: Objective, rows: Rows, members: Sequence[int], policy: Tensor, step: Mapping[str, Tensor], how: How
 ) -> Batch:
-    """The batch of some rows. policy: (M,), the leaf that gradients are asked of."""
+    """The batch of some rows. policy: (M,), the leaf that gradients are asked of.
+
+    A score is the sum of its completion's policy over the tokens that count, so it is tested as log-probs are.
+    """
     trees = [rows.trees[i] for i in members]
     layout = padded_layout(trees)
     table = _Tabler(rows, layout, how.padding)
@@ -120,6 +123,8 @@ def make_batch_of(
     reference = table(rows.reference.to(policy.dtype), 1.0) if needs else None
     scores = {"logps": table(policy), **{n: table(rows.stats[n].to(_like(rows.stats[n], policy)), 2.0)
               for n in objective.stats}}  # fmt: skip
+    if objective.loss.needs_scores:
+        scores = {"score": scores["logps"].masked_fill(~torch.from_numpy(layout.mask), 0.0).sum(-1)}
     batch = objective.batch(Scored(trees, layout, scores, reference, step))
     if isinstance(batch, Groups):
         width, given = batch.completion.mask.shape[1], {"old": (rows.old, 3.0), "sampler": (rows.sampler, 4.0)}
@@ -166,7 +171,11 @@ def on_tables(batch: Batch, change: Callable[[str, Tensor], Tensor]) -> Batch:
 
 
 def with_policy(batch: Batch, value: float) -> Batch:
-    """The batch with made-up log-probs of policy and reference, as the engine counts units."""
+    """The batch with made-up log-probs of policy and reference, or scores, as the engine counts units."""
+    if isinstance(batch, ScoredPairs):
+        both = (batch.chosen, batch.rejected)
+        chosen, rejected = (replace(side, score=torch.full_like(side.score, value)) for side in both)
+        return replace(batch, chosen=chosen, rejected=rejected)
     return on_tables(batch, lambda name, t: torch.full_like(t, value) if name in ("policy", "reference") else t)
 
 

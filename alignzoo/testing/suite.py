@@ -144,7 +144,7 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     columns: tuple[str, ...] = (),
 ) -> Any:
-    """A batch of made-up log-probs; `policy` asks for gradients.
+    """A batch of made-up log-probs, or of scores for a loss that needs them; they ask for gradients.
 
     loss: a loss, whose `prepare` is then called, or a kind of data, which gets a reference
     draw_as: which log-probs, see docs/conformance.md

@@ -13,6 +13,7 @@ def alignzoo_losses() -> list[type[alignzoo.Loss]]:
     from alignzoo_losses.apo import APO
     from alignzoo_losses.bco import BCO
     from alignzoo_losses.bco_unpaired import UnpairedBCO
+    from alignzoo_losses.bradley_terry import BradleyTerry
     from alignzoo_losses.cpo import CPO
     from alignzoo_losses.dft import DFT
     from alignzoo_losses.discopop import DiscoPOP
@@ -36,4 +37,4 @@ def alignzoo_losses() -> list[type[alignzoo.Loss]]:
 
     supervised = [SFT, DFT]
     preference = [DPO, IPO, Hinge, ORPO, SimPO, AlphaPO, CPO, Robust, RPO, APO, SPPO, NCA, EXO, BCO, DiscoPOP, AOT]
-    return [*supervised, *preference, SLiC, FDPO, WPO, AlphaDPO, KTO, UnpairedBCO, GRPO, RRHF]
+    return [*supervised, *preference, SLiC, FDPO, WPO, AlphaDPO, KTO, UnpairedBCO, GRPO, RRHF, BradleyTerry]
