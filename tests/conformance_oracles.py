@@ -295,9 +295,17 @@ def _policy_and_reference(batch: Any) -> list[list[list[list[float]]]]:
     return [[log_probs(side) for side in sides], against]
 
 
+def bradley_terry(batch: Any, s: Any) -> dict[str, Any]:
+    chosen, rejected = batch.chosen.score.tolist(), batch.rejected.score.tolist()
+    margins = [0.0] * len(chosen) if s.margin is None else batch.extra[s.margin].tolist()
+    rows = zip(chosen, rejected, margins, strict=True)
+    values = [softplus(m + x - w) + s.center_rewards_coefficient * (w + x) ** 2 for w, x, m in rows]
+    return of_pairs(values, chosen, rejected)
+
+
 ORACLES: dict[str, Oracle] = {
     "sft": sft, "dft": dft, "orpo": orpo, "rpo": rpo, "cpo": cpo, "wpo": wpo, "bco": bco, "bco_unpaired": bco_unpaired,
-    "kto": kto, "aot": aot, "grpo": grpo, "rrhf": rrhf, "alpha_dpo": alpha_dpo,
+    "kto": kto, "aot": aot, "grpo": grpo, "rrhf": rrhf, "alpha_dpo": alpha_dpo, "bradley_terry": bradley_terry,
     "dpo": with_rewards(dpo_reward, "dpo"), "ipo": with_rewards(ipo_reward, "ipo"),
     "fdpo": with_rewards(fdpo_reward, "fdpo"), "alphapo": with_rewards(alphapo_reward, "alphapo"),
     **{name: on_log_ratios(name) for name in ("hinge", "robust", "apo", "sppo", "nca", "exo", "discopop")},

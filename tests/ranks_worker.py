@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from alignzoo_losses.bradley_terry import BradleyTerry
 from alignzoo_losses.dpo import DPO
 from alignzoo_losses.hinge import Hinge
 from alignzoo_losses.ipo import IPO
@@ -33,7 +34,7 @@ from alignzoo.engine import Engine
 from alignzoo.head import HEAD_CHUNK
 from alignzoo.loading import choose_layout
 from alignzoo.logprobs import Scorer
-from alignzoo.model import add_adapter
+from alignzoo.model import add_adapter, with_scalar_head
 from alignzoo.recipe import LoRA
 from alignzoo.reference import ReferencePlan
 from alignzoo.tree import Completion, Tree
@@ -41,6 +42,7 @@ from alignzoo.tree import Completion, Tree
 LOSSES: Mapping[str, Any] = {
     "sft": SFT, "dpo": DPO, "ipo": lambda: IPO(tau=0.3), "hinge": lambda: Hinge(beta=0.05),
     "orpo": lambda: ORPO(lambda_=0.7), "kto": lambda: KTO(beta=0.05), "mixed": Mixed, "centred": Centred,
+    "bradley_terry": lambda: BradleyTerry(center_rewards_coefficient=0.1),
 }  # fmt: skip
 STEPS = 5
 RATES = {
@@ -78,6 +80,8 @@ def train(loss: str, lora: bool, rows: int, tied: bool, overrides: Mapping[str, 
     accelerator = sharding.make_accelerator(recipe)
     options = {"tie_word_embeddings": tied, "max_position_embeddings": 512}
     model, records = tiny_llama(**options), list[dict[str, float]]()
+    if made.needs_scores:
+        model = with_scalar_head(model, 0, lambda _: None)
     frozen = Scorer(tiny_llama(seed=1, **options))
     if lora:
         torch.manual_seed(0)

@@ -109,6 +109,19 @@ def test_a_wrong_scale_is_seen(mistake: str, zero: int, plain: list[Found], tmp_
     assert all(distance(one, right) > 0.1 for one, right in zip(found, plain, strict=False))
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_a_reward_model_on_two_ranks(tmp_path: Path) -> None:
+    """With a head of its own, which an adapter trains whole; under ZeRO-3 in token trees too."""
+    cases = [case("bradley_terry"), case("bradley_terry", lora=True, engine__tokens_per_device=60)]
+    alone = train(cases, 1, tmp_path / "plain")
+    stages = [with_zero(cases, engine__zero=0), with_zero(cases, engine__zero=3)]
+    stages.append(with_zero(cases, engine__zero=3, engine__packing="on"))
+    found = train([one for stage in stages for one in stage], 2, tmp_path / "two")
+    for i, one in enumerate(found):
+        assert_same(one, alone[i % 2], (i // 2, cases[i % 2]))
+
+
 # --- the whole matrix
 
 
