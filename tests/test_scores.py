@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -435,3 +437,23 @@ def test_a_classifier_with_more_outputs_is_no_start(tokenizer: Any, tiny_folder:
     folder = classifier(tmp_path / "two", tokenizer, labels=2)
     with pytest.raises(RecipeError, match="holds a classifier with 2 outputs"):
         make_job(load_recipe(write_recipe(tmp_path, folder, **SCALAR)), lambda _: None)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_that_share_the_weights_out_begin_with_the_same_head(tiny_folder: Path, tmp_path: Path) -> None:
+    """The body is loaded in shares, the head is drawn whole on every rank; under LoRA it is saved with the adapter."""
+    for lora in ({}, {"model__lora": {"rank": 4}, "output__merge": True}):
+        name = "adapter" if lora else "whole"
+        file = write_recipe(tmp_path / name, tiny_folder, **SCALAR, **lora, train__max_steps=3, train__optimizer="sgd")
+        alone = alignzoo.run(load_recipe(file, ["log.run_name=alone"]))
+        words = ["run", str(file), "--processes", "2", "--set", "engine.zero=3"]
+        done = subprocess.run([sys.executable, "-m", "alignzoo", *words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        shared = file.parent / "runs/tiny"
+        lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (alone.run_dir, shared)]
+        for one, two in zip(*(map(json.loads, part) for part in lines), strict=True):
+            for key in ("loss", "eval_loss", "eval_rewards/chosen", "grad_norm"):
+                assert one.get(key) == pytest.approx(two.get(key), abs=1e-5), key
+        found = [scores_of(run / "model", file.parent / "eval.jsonl") for run in (alone.run_dir, shared)]
+        assert torch.allclose(*map(torch.tensor, found), atol=1e-5)
