@@ -48,7 +48,7 @@ def export(source: Path, to: Path, *, merge: bool, dtype: str | None, say: Say) 
     if to.exists():
         raise AlignzooError(f"{to} is there already", fix="nothing is overwritten: name another folder")
     wanted = _Wanted(to, merge, dtype)
-    checkpoint = _checkpoint_of(source, say)
+    checkpoint = checkpoint_of(source, say)
     if checkpoint is None:
         folder = source / "model" if (source / "model").is_dir() else source
         say(f"exporting the saved model {folder}")
@@ -69,7 +69,7 @@ class _Wanted:
 # --- what there is ---------------------------------------------------------------------------------------------------
 
 
-def _checkpoint_of(source: Path, say: Say) -> CheckpointReader | None:
+def checkpoint_of(source: Path, say: Say) -> CheckpointReader | None:
     """The checkpoint that is meant, its hashes checked; None for a saved model."""
     if source in checkpoints_in(source.parent):
         say(f"checking the hashes of {source}")
@@ -105,21 +105,27 @@ def _recipe_of(folder: Path) -> Recipe:
 
 
 def _from_checkpoint(reader: CheckpointReader, wanted: _Wanted, say: Say) -> Path:
+    model, tokenizer, recipe, where = load_checkpoint(reader, say, wanted.dtype)
+    if wanted.merge and recipe.model.lora is None:
+        say("merge: nothing to merge, all weights were trained")
+    return _save(model, tokenizer, wanted, base=from_anywhere(recipe.model.path, where))
+
+
+def load_checkpoint(reader: CheckpointReader, say: Say, dtype: str | None = None) -> tuple[Any, Any, Recipe, Location]:
+    """Model, tokenizer, recipe and place of the start model. dtype: of a model without adapter, if not model.dtype."""
     run_dir = RunDir(reader.folder.resolve().parent.parent)
     recipe = _recipe_of(run_dir.path)
     lora, where = recipe.model.lora, locate(recipe.model.path, recipe.model.revision)
     _check_base(run_dir, recipe, where, say)
-    dtype = recipe.model.dtype if lora else wanted.dtype or recipe.model.dtype
-    model = load_model(where, _plain(recipe.model, dtype), say)
+    settings = _plain(recipe.model, recipe.model.dtype if lora else dtype or recipe.model.dtype)
+    model = load_model(where, settings, say)
     if lora is not None:
         model = add_adapter(model, lora, quantised=False)
-    elif wanted.merge:
-        say("merge: nothing to merge, all weights were trained")
     _fill(model, reader)
     tokenizer = load_tokenizer(where, trust_remote_code=recipe.model.trust_remote_code)
     ensure_pad_token(tokenizer)
     tokenizer.chat_template = choose_template(recipe.data, tokenizer).text or tokenizer.chat_template
-    return _save(model, tokenizer, wanted, base=from_anywhere(recipe.model.path, where))
+    return model, tokenizer, recipe, where
 
 
 def _plain(settings: Model, dtype: Any) -> Model:

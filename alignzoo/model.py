@@ -145,9 +145,10 @@ def load_model(
     say: Say,
     *,
     seed: int = 0,
+    merge: bool = True,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
-    """The causal model, float32 by default; an adapter's is merged into its base.
+    """The causal model, float32 by default; an adapter is merged into its base, or stays on it.
 
     seed: of a scalar head, where the location holds a language model; around: a context for from_pretrained
     """
@@ -157,9 +158,11 @@ def load_model(
     if where.base is not None:
         from peft import PeftModel
 
-        say(f"merging the adapter {where.path} into its base")
+        say(f"merging the adapter {where.path} into its base" if merge else f"the adapter {where.path} on its base")
         with _quiet_peft():
             adapted = PeftModel.from_pretrained(load_model(where.base, model, say, around=around), where.path)
+        if not merge:
+            return adapted
         return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
     if model.trust_remote_code:
         say(f"WARNING: model.trust_remote_code: code that comes with {where.path} runs with your rights")

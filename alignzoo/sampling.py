@@ -101,6 +101,7 @@ def draw(
     beat: Callable[[], object] = lambda: None,
     progress: Callable[[int], object] = lambda _done: None,
     generate: Callable[..., Tensor] | None = None,
+    see: Callable[[Tensor], object] = lambda _tokens: None,
 ) -> list[list[Drawn]]:
     """Completions for each prompt, in the order of the prompts. The model is left in the modes that it was in.
 
@@ -114,6 +115,7 @@ def draw(
     beat: called before every token; progress: with the number of finished completions, as it grows
     generate: takes the place of model.generate where the weights are shared out over the ranks; all ranks then must
         draw for the same prompts
+    see: called with the new token of each row that goes on, (r,), as it is chosen
     Raises DataError, before the first forward pass, for an empty prompt and for one that leaves no room for
     max_new_tokens in the positions that the model has a table for.
     """
@@ -141,7 +143,7 @@ def draw(
 
     with _evaluating(model):
         for chosen in _batches([len(p) for p in prompts], per_prompt, sampling, alone):
-            rows = _Rows([(*seeds[p], k) for p, k in chosen], sampling, stops, device)
+            rows = _Rows([(*seeds[p], k) for p, k in chosen], sampling, stops, device, see)
             told = partial(moved, len(found))
             if alone:
                 _by_generate(model, generate, prompts[chosen[0][0]], rows, pad, told)
@@ -195,8 +197,10 @@ class _Rows:
     """Completions that are made together: chooses their tokens and keeps them."""
 
     def __init__(
-        self, seeds: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int], device: torch.device
-    ) -> None:
+        self, seeds: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int], device: torch.device,
+        see: Callable[[Tensor], object],
+    ) -> None:  # fmt: skip
+        self.see = see
         most = sampling.max_new_tokens
         raw = [np.random.PCG64(list(seed)).random_raw(most).view(np.int32) for seed in seeds]
         self.keys = torch.from_numpy(np.stack(raw)).to(device).view(len(seeds), most, 2)  # (R, T, 2) int32
@@ -220,6 +224,7 @@ class _Rows:
         ends = torch.isin(tokens, self.stops) & ~self.stopped[at]
         self.lengths[at] = torch.where(ends, step + 1, self.lengths[at])
         self.stopped[at] |= ends
+        self.see(tokens)
         return tokens
 
     def drawn(self) -> list[Drawn]:
