@@ -15,7 +15,7 @@ from alignzoo.cli_data import data, suggest
 from alignzoo.cli_data import recipe_options as _recipe_options
 from alignzoo.cli_import import import_
 from alignzoo.cli_plugin import new_plugin
-from alignzoo.cli_use import chat
+from alignzoo.cli_use import chat, plan
 from alignzoo.errors import AlignzooError
 from alignzoo.launch import without_options
 from alignzoo.ranks import Rank, quiet_unless_first, tell
@@ -106,6 +106,7 @@ cli.add_command(suggest)
 cli.add_command(import_)
 cli.add_command(new_plugin)
 cli.add_command(chat)
+cli.add_command(plan)
 
 
 @cli.command(cls=_Launchable)

@@ -66,7 +66,7 @@ def _start(job: Job, command: Sequence[str], started: datetime, say: Say, held: 
     held.enter_context(run_dir.held())
     say(f"run directory: {run_dir.path}")
     say(f"the first row as text: {rendered_row(job.data.train[0], job.tokenizer)}")
-    run_dir.write_recipe(_table(job))
+    run_dir.write_recipe(table_of_job(job))
     brought = (*job.infos, *job.rewards.infos, *_formats(job), *job.callbacks.infos)
     for origin in dict.fromkeys(info.origin for info in brought if info.distribution == "file"):
         run_dir.copy_plugin(Path(origin))
@@ -82,7 +82,7 @@ def _resume(
     run_dir, checkpoints = found.run_dir, found.run_dir.path / "checkpoints"
     held.enter_context(run_dir.held())
     say(f"run directory: {run_dir.path}")
-    changes = recipe_changes(table_of(run_dir), _table(job))
+    changes = recipe_changes(table_of(run_dir), table_of_job(job))
     for change in changes:
         say(f"changed: {change}")
     check_inputs(run_dir.read_manifest(), _manifest(job, command, started), say)
@@ -99,11 +99,12 @@ def _resume(
         remove_after(checkpoints, reader.step, say)
     make_ready(run_dir, reader.json("run")["metrics_bytes"] if reader else 0, say)
     step = reader.step if reader else 0
-    note_resume(run_dir, step=step, command=command, table=_table(job), changes=changes)
+    note_resume(run_dir, step=step, command=command, table=table_of_job(job), changes=changes)
     return run_dir.path, reader.folder if reader else None
 
 
-def _table(job: Job) -> dict[str, Any]:
+def table_of_job(job: Job) -> dict[str, Any]:
+    """The resolved recipe, as the run directory has it."""
     model = dataclasses.replace(job.recipe.model, path=from_anywhere(job.recipe.model.path, job.location))
     return to_table(
         dataclasses.replace(job.recipe, model=model), job.settings, job.rewards.settings, job.callbacks.settings

@@ -99,16 +99,10 @@ def run(
         place = start_or_resume(job, accelerator, resume, command, started, say, held)
         if first:
             held.enter_context(_told(job, place, say))
-        dog = held.enter_context(Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path))
-        reference = Precompute(job, accelerator, console)
-        policy, frozen = load_models(job, accelerator, say)
-        observer = Observer(job, place.run_dir, accelerator, say, resumed=place.reader is not None)
-        engine = _engine(job, policy, frozen, accelerator, place, console, observer)
-        engine.beat = dog.beat
-        reference.run(engine, place.reader.step if place.reader is not None else 0)
-        result = Training(job, engine, place, console, dog, observer, reference.used, stop_after).run()
+        training = make_ready(job, accelerator, place, console, held, stop_after)
+        result = training.run()
         accelerator.wait_for_everyone()
-    engine.holder.close()
+    training.engine.holder.close()
     return result
 
 
@@ -130,6 +124,21 @@ def _told(job: Job, place: Place, say: Say) -> Iterator[None]:
         raise
     finally:
         callbacks.end({**end, "seconds": time.monotonic() - began})
+
+
+def make_ready(
+    job: Job, accelerator: Accelerator, place: Place, console: Console, held: ExitStack, stop_after: int | None = None
+) -> Training:
+    """All that comes before the first step: models, engine, and the reference's log-probs."""
+    recipe, say = job.recipe, sayer(console)
+    dog = held.enter_context(Watchdog(recipe.engine.hang_timeout, accelerator.process_index, place.run_dir.path))
+    reference = Precompute(job, accelerator, console)
+    policy, frozen = load_models(job, accelerator, say)
+    observer = Observer(job, place.run_dir, accelerator, say, resumed=place.reader is not None)
+    engine = _engine(job, policy, frozen, accelerator, place, console, observer)
+    engine.beat = dog.beat
+    reference.run(engine, place.reader.step if place.reader is not None else 0)
+    return Training(job, engine, place, console, dog, observer, reference.used, stop_after)
 
 
 def run_chain(
@@ -232,13 +241,13 @@ class Training:
         if self.place.reader is not None:
             start = self._restore(self.place.reader)
         elif prompts:
-            self.before = self._answers(prompts, "answering before training")
+            self.before = self.answers(prompts, "answering before training")
         fit_began, data = time.monotonic(), self.job.data
         with self.signals:
             self.engine.fit(data.train, data.eval, self._on_step, self.job.pairs, start, self._on_start)
             self.signals.words = "the training is done, and the model is being saved; once more: at once, without it"
             seconds = time.monotonic() - fit_began
-            after = self._answers(prompts, "answering after training") if prompts else []
+            after = self.answers(prompts, "answering after training") if prompts else []
             model_path = self._save("model")
             result = None
             if self.first:
@@ -326,7 +335,7 @@ class Training:
 
     # --- answers, model, report
 
-    def _answers(self, prompts: Sequence[Sequence[int]], title: str) -> list[str]:
+    def answers(self, prompts: Sequence[Sequence[int]], title: str) -> list[str]:
         """The first rank answers; under ZeRO-3 the weights are gathered for it, or all ranks answer together."""
         engine, gather = self.engine, self.recipe.samples.gather
         sharded = engine.holder.sharded and not gather

@@ -327,6 +327,11 @@ class Trees(Sequence[Tree]):
         other, there = self._find(self._partners[row])
         return Completion(other.own(there)[: self._max_length - int(store.column("prompt")[place])])
 
+    def chosen(self, rows: Numbers) -> Trees:
+        """Some of the rows, (r,), numbered anew."""
+        partners = None if self._partners is None else self._partners[rows]
+        return Trees(self._stores, self._rows[rows], partners, self._max_length)
+
     def stored(self, index: int, read: Callable[[Store, int], str]) -> str:
         """What a method of Store says of a row."""
         return read(*self._find(self._rows[range(len(self))[index]]))
