@@ -33,10 +33,13 @@ class Address:
     async def ask(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
-        told: Callable[[], object] = lambda: None,
+        told: Callable[[int, Answer | Exception], object] = lambda _number, _answer: None,
         **options: Any,
     ) -> list[Answer | Exception]:
-        """An answer to each list of messages, or why there is none. options: go into every request; told: of each."""
+        """An answer to each list of messages, or why there is none.
+
+        told: of each as it comes, with its number; what it raises ends all. options: go into every request.
+        """
         import httpx2
 
         key = self._key
@@ -44,17 +47,23 @@ class Address:
         limits, turn = httpx2.Limits(max_connections=self.concurrency), asyncio.Semaphore(self.concurrency)
         async with httpx2.AsyncClient(headers=headers, timeout=self.seconds, limits=limits) as client:
 
-            async def one(messages: Sequence[Mapping[str, Any]]) -> Answer | Exception:
+            async def one(number: int, messages: Sequence[Mapping[str, Any]]) -> Answer | Exception:
+                body = {"model": self.model, "messages": [dict(m) for m in messages], **options}
+                answer: Answer | Exception
                 try:
                     async with turn:
-                        body = {"model": self.model, "messages": [dict(m) for m in messages], **options}
-                        return await self._answer(client, body)
+                        answer = await self._answer(client, body)
                 except Exception as error:  # this one has failed, the others need not
-                    return error
-                finally:
-                    told()
+                    answer = error
+                told(number, answer)
+                return answer
 
-            return await asyncio.gather(*(one(messages) for messages in conversations))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(*numbered)) for numbered in enumerate(conversations)]
+            except ExceptionGroup as raised:  # by `told`: the others are given up
+                raise raised.exceptions[0] from None
+            return [task.result() for task in tasks]
 
     async def _answer(self, client: Any, body: Mapping[str, Any]) -> Answer:
         import httpx2

@@ -14,6 +14,7 @@ from alignzoo import __version__
 from alignzoo.cli_data import data, suggest
 from alignzoo.cli_data import recipe_options as _recipe_options
 from alignzoo.cli_import import import_
+from alignzoo.cli_judge import lm_eval, winrate
 from alignzoo.cli_plugin import new_plugin
 from alignzoo.cli_use import chat, plan
 from alignzoo.errors import AlignzooError
@@ -107,6 +108,8 @@ cli.add_command(import_)
 cli.add_command(new_plugin)
 cli.add_command(chat)
 cli.add_command(plan)
+cli.add_command(winrate)
+cli.add_command(lm_eval)
 
 
 @cli.command(cls=_Launchable)

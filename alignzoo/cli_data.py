@@ -27,7 +27,7 @@ def data() -> None:
     """Look at data files."""
 
 
-def _columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def columns_of(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """OURS=THEIRS, several times, as a dictionary."""
     pairs = [value.partition("=") for value in values]
     for ours, equals, theirs in pairs:
@@ -41,14 +41,8 @@ def _columns(context: click.Context, parameter: click.Parameter, values: tuple[s
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(1), help="How many rows to print.")
 @click.option("--split", default=None, help="Split of a saved or hub data set.")
 @click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    metavar="OURS=THEIRS",
-    callback=_columns,
-    help="Read THEIRS as our column OURS, e.g. prompt=question. May be repeated.",
-)
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=columns_of,
+              help="Read THEIRS as our column OURS, e.g. prompt=question. May be repeated.")  # fmt: skip
 @click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="A Python file with a plugin that is not installed. May be repeated.")  # fmt: skip
 def data_show(
@@ -74,7 +68,7 @@ def data_show(
 @click.option("--eval", "held", multiple=True, metavar="PATH", help="What is held out. May be repeated.")
 @click.option("--split", default=None, help="Split of saved or hub data sets.")
 @click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
-@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=_columns,
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=columns_of,
               help="Read THEIRS as our column OURS. May be repeated.")  # fmt: skip
 @recipe_options
 @click.option("--near", default=0.8, show_default=True, type=click.FloatRange(0.5, 1),
@@ -183,7 +177,7 @@ def data_agreement(
 @click.argument("path", metavar="DATA")
 @click.option("--split", default=None, help="Split of a saved or hub data set.")
 @click.option("--format", default="auto", show_default=True, help="Format of the rows; auto: found from the columns.")
-@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=_columns,
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", callback=columns_of,
               help="Read THEIRS as our column OURS. May be repeated.")  # fmt: skip
 @click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="A Python file with a plugin that is not installed. May be repeated.")  # fmt: skip

@@ -202,7 +202,7 @@ class Others:
             conversations.append([{"role": "system", "content": system}, *turns] if lacks else turns)
         address = Address(other.source, other.model, other.api_key_env, other.concurrency, other.retries, other.seconds)
         talk = address.ask(
-            conversations, lambda: self.beat(f"completions of {author.label}"),
+            conversations, lambda *_: self.beat(f"completions of {author.label}"),
             temperature=self._temperature(other), max_tokens=self.settings.max_new_tokens,
         )  # fmt: skip
         with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop in this one
