@@ -85,21 +85,33 @@ def cli(local_rank: int | None) -> None:
 
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="JSON Lines file to write.")
-@click.option("--make", type=click.Choice(["ranked", "pairs", "best"]), default="ranked", show_default=True,
-              help="Of each prompt: all completions, best and worst as a pair, or the best one.")  # fmt: skip
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
+@click.option("--make", type=click.Choice(["ranked", "pairs", "best"]),
+              help="Of each prompt: all completions, best and worst as a pair, or the best one; "
+                   "ranked if not given.")  # fmt: skip
+@click.option("--format", type=click.Choice(["jsonl", "alpaca_eval"]), default="jsonl", show_default=True,
+              help="JSON Lines, or the JSON list that AlpacaEval reads, with the best completion "
+                   "of each prompt.")  # fmt: skip
+@click.option("--generator", metavar="NAME", help="The model's name for AlpacaEval; model.path if not given.")
 @_recipe_options
-def sample(recipe: Path, out: Path, make: str, overrides: tuple[str, ...], plugins: tuple[Path, ...]) -> None:
+def sample(
+    recipe: Path, out: Path, make: str | None, format: str, generator: str | None, overrides: tuple[str, ...],
+    plugins: tuple[Path, ...],
+) -> None:  # fmt: skip
     """Sample and reward completions of a recipe with [rollout] into a file.
 
     Without training: the model answers every training prompt. Started again, it goes on where it stopped.
     """
+    listed = format == "alpaca_eval"
+    if (make and listed) or (generator and not listed):
+        raise click.UsageError("--make belongs to --format jsonl, and --generator to --format alpaca_eval")
+    wanted = format if listed else make or "ranked"
     from rich.console import Console
 
     from alignzoo.offline import sample as sample_offline
     from alignzoo.recipe import load_recipe
 
-    sample_offline(load_recipe(recipe, overrides), out, make, plugins, Console())
+    sample_offline(load_recipe(recipe, overrides), out, wanted, plugins, Console(), generator)
 
 
 cli.add_command(data)

@@ -24,9 +24,9 @@ def length_controlled(won: npt.ArrayLike, difference: npt.ArrayLike, resamples: 
 
     won: (N,) 1, 1/2 for a tie, 0. difference: (N,) of the lengths; sd is theirs over the N prompts.
     Dubois et al. 2024, Length-Controlled AlpacaEval (arXiv:2404.04475). Ours is simpler: it has no term for the
-    difficulty of a prompt, which they fit over many models; theta and phi are fitted to one pair of models, with a
-    fixed ridge penalty of 0.0005 theta^2 + 0.05 phi^2, where they cross-validate theirs. Each resample refits both.
-    Where length alone decides, the data do not tell theta, and the rate comes near to 1/2 without reaching it.
+    difficulty of a prompt, which they fit over many models, and theta and phi are fitted to this one pair of models,
+    with a fixed ridge penalty of 0.0005 theta^2 + 0.05 phi^2. Each resample refits both. Where length alone decides,
+    the data do not tell theta, and the rate comes near to 1/2 without reaching it.
     """
     y, d = np.asarray(won, np.float64), np.asarray(difference, np.float64)
     spread = d.std()

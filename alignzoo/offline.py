@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,11 +18,12 @@ from typing import Any
 from rich.console import Console
 
 from alignzoo.answering import Answerer, make_vllm
+from alignzoo.answers import plain
 from alignzoo.check import Job, make_job
 from alignzoo.data.rows import content_hash
 from alignzoo.data.template import choose_template
 from alignzoo.data.watch import Watch
-from alignzoo.errors import AlignzooError, RecipeError
+from alignzoo.errors import AlignzooError, DataError, RecipeError
 from alignzoo.making import Sampled, better_and_worse, ranked, to_imitate
 from alignzoo.model import load_model
 from alignzoo.others import Others, hold_others
@@ -32,6 +34,8 @@ from alignzoo.sharding import make_accelerator
 from alignzoo.tree import Tree
 
 _AT_ONCE = 16  # prompts between two writes
+ALPACA_EVAL = "alpaca_eval"
+_PLACE = re.compile(r"(:| row )\d+$")  # of a row, behind the name of its file
 Line = dict[str, Any]
 _Maker = Callable[[Tree, Sequence[Sampled], Rollout], Iterator[Line]]
 
@@ -63,10 +67,32 @@ def _best(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iterat
 MAKERS: dict[str, _Maker] = {"ranked": _ranked, "pairs": _pairs, "best": _best}
 
 
-def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], console: Console) -> None:
+def _alpaca_eval(generator: str) -> _Maker:
+    """What AlpacaEval reads as model outputs (https://github.com/tatsu-lab/alpaca_eval): one answer a prompt.
+
+    It is the one with the highest reward, or the first where no reward applies.
+    """
+
+    def make(prompt: Tree, sampled: Sequence[Sampled], settings: Rollout) -> Iterator[Line]:
+        del settings
+        own = prompt.columns.get("dataset") or Path(_PLACE.sub("", prompt.where)).stem
+        best = next(iter(ranked(sampled)), sampled[0])
+        yield {
+            "instruction": plain(prompt.asked), "output": best.text.strip(), "generator": generator,
+            "dataset": str(own),
+        }  # fmt: skip
+
+    return make
+
+
+def sample(
+    recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], console: Console, generator: str | None = None
+) -> None:
     """Answers every training prompt of a recipe with [rollout], and writes what `make` says to a JSON Lines file.
 
-    make: "ranked", "pairs" or "best". Raises AlignzooError; a file of another command is never written to.
+    make: "ranked", "pairs" or "best"; or "alpaca_eval", which is a JSON list, whole when the command has come to its
+        end. generator: the model's name in it; model.path if not given
+    Raises AlignzooError; a file of another command is never written to.
     """
     say = sayer(console)
     if recipe.rollout is None:
@@ -76,9 +102,16 @@ def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], consol
         )
     accelerator = make_accelerator(recipe)
     job = make_job(recipe, say, plugin_files=plugins, watch=Watch(say, console))
-    prompts, note = job.data.train, out.with_name(f"{out.name}.sampling.json")
+    prompts, listed = job.data.train, make == ALPACA_EVAL
+    name = generator or recipe.model.path
+    maker = _alpaca_eval(name) if listed else MAKERS[make]
+    if listed:
+        make = f"{make} {name}"
+        _check_instructions(prompts)
+    note = out.with_name(f"{out.name}.sampling.json")
     done = _begin(job, out, note, make, len(prompts), say)
     if done == len(prompts):
+        _close(out, listed)
         return
     job.rewards.start(accelerator.device)
     say(f"loading {recipe.model.path} ({recipe.model.dtype})")
@@ -100,14 +133,38 @@ def sample(recipe: Recipe, out: Path, make: str, plugins: Sequence[Path], consol
             lines = [
                 json.dumps(line, ensure_ascii=False)
                 for prompt, own in zip(asked, rewarded, strict=True)
-                for line in MAKERS[make](prompt, own, recipe.rollout)
+                for line in maker(prompt, own, recipe.rollout)
             ]
-            with out.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+            _append(out, lines, listed)
             rows += len(lines)
             _note(note, job, make, start + len(asked), out.stat().st_size)
             progress.advance(start + len(asked))
+    _close(out, listed)
     say(f"{rows} rows of {len(prompts) - done} prompts into {out}")
+
+
+def _append(out: Path, lines: Sequence[str], listed: bool) -> None:
+    """JSON Lines, or the elements of a JSON list that is not closed yet."""
+    with out.open("a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(f"{',' if file.tell() else '['}\n{line}" if listed else f"{line}\n")
+
+
+def _close(out: Path, listed: bool) -> None:
+    """Ends a list. The note does not count these bytes, so going on cuts them off again."""
+    if listed:
+        with out.open("a", encoding="utf-8") as file:
+            file.write("\n]\n" if file.tell() else "[]\n")
+
+
+def _check_instructions(prompts: Sequence[Tree]) -> None:
+    odd = [tree.where for tree in prompts if not isinstance(plain(tree.asked), str)]
+    if odd:
+        raise DataError(
+            f"{odd[0]}: a conversation, and AlpacaEval's instructions are texts",
+            why=f"{len(odd)} of {len(prompts)} rows",
+            fix="leave out the rows that have more than one user turn",
+        )
 
 
 def _identity(job: Job, make: str) -> str:

@@ -68,8 +68,11 @@ def winrate(asked: Asked, out: Path, console: Console) -> Results:
     prompts = read_prompts(asked.prompts, asked.columns, asked.limit, say)
     judge.check(list(dict.fromkeys(name for row in prompts.columns for name in row)))
     sides = {A: open_side(asked.a, prompts, asked.dtype, say), B: open_side(asked.b, prompts, asked.dtype, say)}
-    _begin(out, _identity(asked, prompts, judge, sides), prompts, say)
+    _begin(out, _identity(asked, prompts, judge, sides), say)
     with RunDir(out).held():
+        lines = (json.dumps({"prompt": prompt, **columns}, ensure_ascii=False, default=str) for prompt, columns in
+                 zip(prompts.asked, prompts.columns, strict=True))  # fmt: skip
+        atomic_write(out / "prompts.jsonl", "".join(f"{line}\n" for line in lines).encode())
         answers = _answers(asked, sides, prompts, out, console)
         pairs, failed = _judge(asked, judge, prompts, answers, out, console)
         found = results(judge, {side: one.name for side, one in sides.items()}, pairs, failed)
@@ -99,13 +102,10 @@ def _identity(
     }  # fmt: skip
 
 
-def _begin(out: Path, identity: Mapping[str, Mapping[str, Any]], prompts: Prompts, say: Say) -> None:
+def _begin(out: Path, identity: Mapping[str, Mapping[str, Any]], say: Say) -> None:
     """A new folder, or one that this command began. Raises AlignzooError for any other, with what differs."""
     note = out / _NOTE
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        lines = (json.dumps({"prompt": p, **c}, ensure_ascii=False, default=str) for p, c in
-                 zip(prompts.asked, prompts.columns, strict=True))  # fmt: skip
-        atomic_write(out / "prompts.jsonl", "".join(f"{line}\n" for line in lines).encode())
         atomic_write(note, (json.dumps(identity, indent=2, ensure_ascii=False) + "\n").encode())
         return
     try:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from test_rollout import online
 
 import alignzoo
 from alignzoo import offline
+from alignzoo.cli import cli
 from alignzoo.errors import AlignzooError
 from alignzoo.recipe import load_recipe
 
@@ -88,6 +90,55 @@ def test_a_file_of_another_command_is_left_alone(tiny_folder: Path, tmp_path: Pa
     with pytest.raises(AlignzooError, match=r"other\.jsonl is there already"):
         sample(file, other, "pairs")
     assert out.read_text() == "precious\n"
+
+
+def test_what_alpaca_eval_reads(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JSON list of exactly these four texts, one for each prompt; interrupted and gone on with it is the same."""
+    file, out = online(tmp_path, tiny_folder), tmp_path / "outputs.json"
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows[0]["dataset"] = "helpful_base"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plugin, console = [tmp_path / "plugin.py"], Console(file=io.StringIO(), width=200)
+    best = sample(file, tmp_path / "best.jsonl", "best")
+    offline.sample(load_recipe(file), out, "alpaca_eval", plugin, console, "mine")
+    found = json.loads(out.read_text())
+    assert [list(row) for row in found] == [["instruction", "output", "generator", "dataset"]] * 24
+    assert [row["instruction"] for row in found] == [row["prompt"] for row in rows]
+    assert [row["output"] for row in found] == [row["completion"].strip() for row in best]
+    assert [row["dataset"] for row in found] == ["helpful_base", *["train"] * 23]
+    assert {row["generator"] for row in found} == {"mine"}
+    whole, calls, reward = out.read_bytes(), [0], offline.Answerer.reward
+
+    def dies(self: Any, *words: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return reward(self, *words)
+
+    monkeypatch.setattr(offline.Answerer, "reward", dies)
+    parts = tmp_path / "parts.json"
+    with pytest.raises(KeyboardInterrupt):
+        offline.sample(load_recipe(file), parts, "alpaca_eval", plugin, console, "mine")
+    for _ in range(2):
+        offline.sample(load_recipe(file), parts, "alpaca_eval", plugin, console, "mine")
+        assert parts.read_bytes() == whole
+    with pytest.raises(AlignzooError, match="is there already"):
+        offline.sample(load_recipe(file), parts, "alpaca_eval", plugin, console, "another")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": turns}) + "\n")
+    with pytest.raises(AlignzooError, match=r"train\.jsonl:1: a conversation"):
+        offline.sample(load_recipe(file), tmp_path / "turns.json", "alpaca_eval", plugin, console)
+
+
+def test_the_words_of_the_command(tiny_folder: Path, tmp_path: Path) -> None:
+    file, out = online(tmp_path, tiny_folder), tmp_path / "outputs.json"
+    words = ["sample", str(file), "--plugin", str(tmp_path / "plugin.py"), "--out", str(out)]
+    alpaca = ["--format", "alpaca_eval"]
+    for odd in (["--make", "best", *alpaca], ["--generator", "x"]):
+        assert CliRunner().invoke(cli, [*words, *odd]).exit_code == 2
+    done = CliRunner().invoke(cli, [*words, *alpaca])
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text())[0]["generator"] == str(tiny_folder)
 
 
 def test_a_run_learns_from_sampled_pairs(tiny_folder: Path, tmp_path: Path) -> None:
