@@ -421,6 +421,10 @@ def test_pairs_and_conversations_as_prompts(tmp_path: Path) -> None:
     by_text = jsonl(tmp_path / "a.jsonl", [{"prompt": "Hello", "answer": "x"}])
     found = answers.open_side(by_text, prompts, None, lambda _: None)
     assert isinstance(found, answers.Answered) and found.answers == ["x", "x"]
+    two = answers.Prompts("p", "", ["one", "two"], [{}, {}])
+    turned = jsonl(tmp_path / "b.jsonl", [{"instruction": "two", "output": "2"}, {"instruction": "one", "output": "1"}])
+    by_prompt = answers.open_side(turned, two, None, lambda _: None)
+    assert isinstance(by_prompt, answers.Answered) and by_prompt.answers == ["1", "2"]
     with pytest.raises(DataError):
         answers.read_prompts(jsonl(tmp_path / "odd.jsonl", [{"q": 1}]), {}, None, lambda _: None)
 
