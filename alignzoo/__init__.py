@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AlignzooError", "Callback", "CompletionScores", "Demonstrations", "Format", "Groups", "Labelled", "LogProbs", "Loss",
-    "LossOutput", "Metric", "NoSettings", "Pairs", "Recipe", "Result", "Reward", "ScoredPairs", "SequenceStats", "Step",
-    "hookimpl", "load_recipe", "metric", "run", "setting",
+    "AlignzooError", "Callback", "CompletionScores", "Demonstrations", "Format", "Groups", "Labelled", "LogProbs",
+    "Loss", "LossOutput", "Metric", "NoSettings", "Pairs", "Recipe", "Result", "Reward", "ScoredPairs",
+    "SequenceStats", "Step", "hookimpl", "load_recipe", "metric", "run", "setting",
 ]  # fmt: skip
 
 _LATE = {"load_recipe": "recipe", "Recipe": "recipe", "run": "runner", "Result": "runner"}

@@ -15,14 +15,13 @@ from alignzoo.cli_data import data, suggest
 from alignzoo.cli_data import recipe_options as _recipe_options
 from alignzoo.cli_import import import_
 from alignzoo.cli_judge import lm_eval, winrate
-from alignzoo.cli_plugin import new_plugin
+from alignzoo.cli_plugin import callbacks, losses, new_plugin, plugins, rewards
 from alignzoo.cli_use import chat, plan
 from alignzoo.errors import AlignzooError
 from alignzoo.launch import without_options
 from alignzoo.ranks import Rank, quiet_unless_first, tell
 
 if TYPE_CHECKING:
-    from alignzoo.plugins import Registry
     from alignzoo.recipe import Recipe
 
 
@@ -114,14 +113,8 @@ def sample(
     sample_offline(load_recipe(recipe, overrides), out, wanted, plugins, Console(), generator)
 
 
-cli.add_command(data)
-cli.add_command(suggest)
-cli.add_command(import_)
-cli.add_command(new_plugin)
-cli.add_command(chat)
-cli.add_command(plan)
-cli.add_command(winrate)
-cli.add_command(lm_eval)
+for _command in (losses, rewards, callbacks, plugins, data, suggest, import_, new_plugin, chat, plan, winrate, lm_eval):
+    cli.add_command(_command)
 
 
 @cli.command(cls=_Launchable)
@@ -395,20 +388,6 @@ def cache_clear(only: str | None) -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="A Python file with a loss plugin that is not installed. May be repeated.")  # fmt: skip
-def losses(as_json: bool, plugins: tuple[Path, ...]) -> None:
-    """List the losses that recipes can name, with their settings."""
-    from alignzoo.plugins import discover, loss_table
-    from alignzoo.tables import print_losses
-
-    registry = discover(plugins)
-    rows = loss_table(registry)
-    _echo_json(rows, registry) if as_json else print_losses(rows, registry)
-
-
-@cli.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--all", "every", is_flag=True, help="All losses that are installed.")
 @click.option(
@@ -454,51 +433,3 @@ def conform(
 
         print_results(results, Console())
     context.exit(1 if any(result.verdict.state == "fails" for result in results) else 0)
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="A Python file with a reward plugin that is not installed. May be repeated.")  # fmt: skip
-def rewards(as_json: bool, plugins: tuple[Path, ...]) -> None:
-    """List the rewards that recipes can name, with their settings."""
-    from alignzoo.plugins import discover, reward_table
-    from alignzoo.tables import print_named
-
-    registry = discover(plugins)
-    rows = reward_table(registry)
-    _echo_json(rows, registry) if as_json else print_named(rows, registry)
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="A Python file with a callback that is not installed. May be repeated.")  # fmt: skip
-def callbacks(as_json: bool, plugins: tuple[Path, ...]) -> None:
-    """List the callbacks that recipes can name, with their settings."""
-    from alignzoo.plugin_kinds import CallbackInfo
-    from alignzoo.plugins import discover, named_table
-    from alignzoo.tables import print_named
-
-    registry = discover(plugins)
-    rows = named_table(registry, CallbackInfo)
-    _echo_json(rows, registry) if as_json else print_named(rows, registry)
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plugins(as_json: bool) -> None:
-    """List the plugins that are installed, with what they bring: loaded, blocked, or broken with the error."""
-    from alignzoo.plugins import discover, plugin_table
-    from alignzoo.tables import print_plugins
-
-    registry = discover()
-    rows = plugin_table(registry)
-    _echo_json(rows, registry) if as_json else print_plugins(rows, registry)
-
-
-def _echo_json(rows: list[dict[str, Any]], registry: Registry) -> None:
-    """The rows on stdout, and warnings where they cannot spoil them."""
-    for warning in registry.warnings:
-        click.echo(f"WARNING: {warning}", err=True)
-    click.echo(json.dumps(rows, indent=2))

@@ -101,13 +101,9 @@ class ChatJudge:
                 raise RunError(f"{self.address.url}: nobody answers there", why=str(answer) or type(answer).__name__,
                                fix="start the judge, and this command again: it goes on where it stopped")  # fmt: skip
             shown = pairs[number]
-            done(shown, answer if isinstance(answer, Exception) else read(answer, shown.order, self.dimensions))
+            done(shown, answer if isinstance(answer, Exception) else read(answer.text, shown.order, self.dimensions))
 
-        asyncio.run(_ask_all(self.address, [question(shown, self.dimensions) for shown in pairs], answered))
-
-
-async def _ask_all(address: Asking, questions: Sequence[str], answered: Callable[[int, Any], None]) -> None:
-    await ask(address, questions, answered)
+        asyncio.run(self.address.ask([question(shown, self.dimensions) for shown in pairs], answered))
 
 
 def question(shown: Shown, dimensions: Sequence[str]) -> str:

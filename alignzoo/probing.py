@@ -78,7 +78,7 @@ def measure(folder: Path, plugins: Sequence[Path]) -> Probe:
         training = make_ready(job, accelerator, place, console, held)
         engine = training.engine
         times.append(time.perf_counter())
-        _, prompts = sample_prompts(job)
+        _, prompts = sample_prompts(job, sayer(console))
         if prompts:
             training.answers(prompts, "answers")
         times.append(time.perf_counter())

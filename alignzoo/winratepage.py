@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from alignzoo import __version__
-from alignzoo.chat import as_text
+from alignzoo.asking import as_text
 from alignzoo.judging import TIE, A, B
 from alignzoo.lengthcontrol import RESAMPLES as REFITS
 from alignzoo.pages import Table, page

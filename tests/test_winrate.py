@@ -74,7 +74,7 @@ def longer(text: str) -> str:
 # --- judges with a rule that is known --------------------------------------------------------------------------------
 
 
-def test_a_judge_that_prefers_the_longer(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_judge_that_prefers_the_longer(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     server.answer = longer
     found = compare(tmp_path / "out", files, server.url, "model=m")
     assert [one.name for one in found.dimensions] == ["overall", "helpful", "accurate", "clear", "safe"]
@@ -94,7 +94,7 @@ def test_a_judge_that_prefers_the_longer(server: Server, files: dict[str, str], 
     assert by_prompt == dict.fromkeys(range(30), "b" * 25)
 
 
-def test_a_judge_that_always_says_the_first(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_judge_that_always_says_the_first(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     server.answer = lambda text: says("1", "kind", "overall")
     found = compare(tmp_path / "out", files, server.url, "model=m", dimensions="kind")
     for one in found.dimensions:
@@ -104,7 +104,7 @@ def test_a_judge_that_always_says_the_first(server: Server, files: dict[str, str
     assert found.verdict.endswith("no difference is shown")
 
 
-def test_one_order_with_a_tie_is_a_tie_and_no_flip(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_one_order_with_a_tie_is_a_tie_and_no_flip(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     server.answer = lambda text: says("tie" if PARTS.findall(text)[0][1].startswith("a") else "2", "overall")
     one = compare(tmp_path / "out", files, server.url, "model=m", dimensions="").overall
     assert (one.wins, one.ties, one.losses, one.flips) == (0, 30, 0, 0)
@@ -113,7 +113,7 @@ def test_one_order_with_a_tie_is_a_tie_and_no_flip(server: Server, files: dict[s
     assert (one.ties, one.flips, one.to_first) == (30, 30, 0)
 
 
-def test_dimensions_are_judged_apart(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_dimensions_are_judged_apart(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     def answer(text: str) -> str:
         first = PARTS.findall(text)[0][1]
         return f"**Short and clear: {2 if first[0] == 'a' else 1}**\nOverall: Answer {1 if first[0] == 'a' else 2}."
@@ -127,7 +127,7 @@ def test_dimensions_are_judged_apart(server: Server, files: dict[str, str], tmp_
 
 
 def test_a_real_model_behind_the_address(
-    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path  # noqa: F811
+    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     """It says 1, 2 or tie, whichever a tiny transformers model finds most probable after the question."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,7 +158,7 @@ def test_a_real_model_behind_the_address(
 
 
 def test_a_real_model_that_babbles_is_stopped(
-    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path  # noqa: F811
+    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     from transformers import pipeline
 
@@ -177,7 +177,7 @@ def test_a_real_model_that_babbles_is_stopped(
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_a_judge_that_dies_is_gone_on_with(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_judge_that_dies_is_gone_on_with(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     mortal, whole = Server(), compare_with_longer(server, files, tmp_path / "whole")
     port = mortal.server.server_port
 
@@ -208,12 +208,12 @@ def test_a_judge_that_dies_is_gone_on_with(server: Server, files: dict[str, str]
     again.server.server_close()
 
 
-def compare_with_longer(server: Server, files: dict[str, str], out: Path) -> Results:  # noqa: F811
+def compare_with_longer(server: Server, files: dict[str, str], out: Path) -> Results:
     server.answer = longer
     return compare(out, files, server.url, "model=m")
 
 
-def test_what_cannot_be_read_is_counted_and_told(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_read_is_counted_and_told(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     odd = (QUESTIONS[3], QUESTIONS[7])
     server.answer = lambda text: "I cannot." if text.split("\n")[3] in odd else longer(text)
     said = io.StringIO()
@@ -224,7 +224,7 @@ def test_what_cannot_be_read_is_counted_and_told(server: Server, files: dict[str
         compare(tmp_path / "strict", files, server.url, "model=m", "concurrency=1", max_failures=0.05)
 
 
-def test_a_request_that_failed_is_told_and_asked_again(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_request_that_failed_is_told_and_asked_again(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     server.answer = lambda text: (400, "too long") if QUESTIONS[3] in text else longer(text)
     said = io.StringIO()
     found = compare(tmp_path / "out", files, server.url, "model=m", said=said, max_failures=0.5)
@@ -235,7 +235,7 @@ def test_a_request_that_failed_is_told_and_asked_again(server: Server, files: di
     assert len(server.asked) == 2
 
 
-def test_another_comparison_is_refused_with_what_differs(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_another_comparison_is_refused_with_what_differs(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     server.answer = longer
     out = tmp_path / "out"
     compare(out, files, server.url, "model=m")
@@ -261,7 +261,7 @@ def test_another_comparison_is_refused_with_what_differs(server: Server, files: 
 
 
 def test_mistakes_are_told_before_anything_is_asked(
-    server: Server, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    server: Server, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
     short = jsonl(tmp_path / "short.jsonl", [{"answer": "x"}] * 3)
@@ -352,7 +352,7 @@ def greedy(folder: Path, prompts: list[str], new: int) -> list[str]:
 
 
 def test_a_model_answers_greedily_and_goes_on(
-    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     server.answer = longer
     monkeypatch.setattr(answers, "_AT_ONCE", 8)
@@ -383,7 +383,7 @@ def test_a_model_answers_greedily_and_goes_on(
 
 
 def test_a_run_answers_as_it_was_trained(
-    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path  # noqa: F811
+    server: Server, files: dict[str, str], tiny_folder: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     from runs_helpers import write_recipe
 
@@ -484,7 +484,7 @@ def test_the_interval_of_the_length_controlled_rate_covers() -> None:
     assert covered >= 33
 
 
-def test_the_command_and_its_page(server: Server, files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_and_its_page(server: Server, files: dict[str, str], tmp_path: Path) -> None:
     server.answer = longer
     rows = lines(Path(files["a"]))
     rows[0]["answer"] = "<script>alert(1)</script>" + "a" * 40
