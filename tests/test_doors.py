@@ -283,7 +283,7 @@ def test_two_owners_of_a_name_and_blocking(install: Install, monkeypatch: pytest
     [
         ({"name": "Mine"}, "name = \"Mine\" (wanted: lower-case letters, digits, - and _"),
         ({"name": "auto"}, '"auto" is taken'),
-        ({"kind": "pair"}, 'kind = "pair" (wanted: one of "demonstrations", "pairs", "labelled", "prompts")'),
+        ({"kind": "pair"}, 'kind = "pair" (wanted: one of "demonstrations", "pairs", "labelled", "groups", "prompts")'),
         ({"columns": "q"}, 'columns = "q" (wanted: a tuple of one name or more)'),
         ({"columns": ()}, "columns = ()"),
         ({"description": " "}, "(wanted: a sentence)"),

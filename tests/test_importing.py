@@ -72,7 +72,7 @@ def test_its_data_sets_are_found_and_read(tiny_folder: Path, tmp_path: Path) -> 
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     values = {**DPO, "model_name_or_path": str(tiny_folder), "dataset": "demo", "cutoff_len": 4096}
     table, _, _ = imported(tmp_path, "llamafactory", values, "--dataset-info", str(tmp_path / "dataset_info.json"))
-    assert table["data"]["train"] == [{"path": str(SHARED / "dpo_en_demo.json"), "limit": 1000}]
+    assert table["data"]["train"] == [{"path": str((SHARED / "dpo_en_demo.json").resolve()), "limit": 1000}]
     result = CliRunner().invoke(cli, ["check", str(tmp_path / "ours.toml"), "--set", "engine.precision=fp32"])
     assert result.exit_code == 0 and "rows of format sharegpt_pairs" in result.output, result.output
 

@@ -288,8 +288,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
             row = {"prompt": f"{i} what", "completion": f"{i} {filler[i % 97 :]}"}
             file.write(json.dumps(row) + "\n")
     code = (
-        "import resource\nfrom click.testing import CliRunner\nfrom alignzoo.cli import cli\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "import torch\nfrom click.testing import CliRunner\nfrom alignzoo.cli import cli\n"
+        "from alignzoo.metrics import memory_gib\ndef peak(): return memory_gib(torch.device('cpu')) * 1024\n"
         "def run(p): assert CliRunner().invoke(cli, ['data', 'lint', '--json', p]).exit_code == 0\n"
         f"run({write(tmp_path / 'b.jsonl', clean(300))!r})\nbefore = peak()\nrun({str(path)!r})\nprint(peak() - before)"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -345,3 +347,13 @@ def test_the_example_of_the_page() -> None:
     for line in (header, *lines):
         assert f"| {' | '.join(line)} |" in page, f"| {' | '.join(line)} |"
     assert f"{shape.parameters:,}" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of getrusage")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    inner = "import torch; from alignzoo.metrics import memory_gib; print(memory_gib(torch.device('cpu')))"
+    outer = (
+        f"import subprocess, sys; held = b'x' * 2**31; subprocess.run([sys.executable, '-c', {inner!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True, timeout=300, check=True)
+    assert 0.05 < float(done.stdout) < 1
