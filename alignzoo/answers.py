@@ -136,7 +136,7 @@ def open_side(word: str, prompts: Prompts, dtype: Dtype | None, say: Say) -> Ans
     settings, data = Model(path=word), Data(train="")
     if run:
         recipe = load_recipe(run / "recipe.toml")
-        settings = replace(recipe.model, lora=None, quantization=None)
+        settings = replace(recipe.model, lora=None, quantization=None, head="lm")
         raw = "none" if recipe.data.chat_template == "none" else "auto"  # the tokenizer carries any other template
         data = replace(data, chat_template=raw, chat_template_kwargs=recipe.data.chat_template_kwargs,
                        system=recipe.data.system)  # fmt: skip

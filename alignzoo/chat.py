@@ -26,6 +26,7 @@ from alignzoo.data.template import Template, choose_template
 from alignzoo.data.tokenise import ensure_pad_token, prompt_ids
 from alignzoo.errors import AlignzooError, DataError
 from alignzoo.export import checkpoint_of, load_checkpoint
+from alignzoo.logprobs import is_scalar
 from alignzoo.model import load_model, load_tokenizer, locate
 from alignzoo.pages import visible
 from alignzoo.progress import Say
@@ -132,12 +133,14 @@ def load_speaker(source: str, say: Say) -> tuple[Speaker, Recipe | None]:
     reader = checkpoint_of(folder, say) if folder.is_dir() else None
     if reader is not None:
         model, tokenizer, recipe, _where = load_checkpoint(reader, say)
+        if is_scalar(model):
+            raise AlignzooError(f"{source} is a reward model, which answers nothing", fix="name a language model")
         return _speaker(source, model, tokenizer, recipe.data), recipe
     saved = folder / "model" if (folder / "model").is_dir() else folder
     written = saved.resolve().parent / "recipe.toml"
     of_run = load_recipe(written) if saved.is_dir() and written.is_file() else None
     where = locate(str(saved) if saved.is_dir() else source)
-    settings = replace(of_run.model, lora=None) if of_run else Model(path=source)
+    settings = replace(of_run.model, lora=None, head="lm") if of_run else Model(path=source)
     say(f"loading {where.path} ({settings.dtype})")
     tokenizer = load_tokenizer(where, trust_remote_code=settings.trust_remote_code)
     model = load_model(where, settings, say, merge=False)

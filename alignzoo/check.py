@@ -181,13 +181,13 @@ def _check_loss_fits(recipe: Recipe, loss: Loss) -> None:
 
 def _check_saved_head(recipe: Recipe, location: Location) -> None:
     """What the model's files hold has a head that the recipe can use."""
-    from alignzoo.model import labels_of
+    from alignzoo.model import in_words, labels_of
 
     labels, head = labels_of(location), recipe.model.head
     if labels and (head == "lm" or labels != 1):
-        what = "a reward model" if labels == 1 else f"a classifier with {labels} outputs"
         raise recipe.error(
-            ("model", "path"), f'model.path = {recipe.model.path} holds {what}, and model.head = "{head}"',
+            ("model", "path"),
+            f'model.path = {recipe.model.path} holds {in_words(labels)}, and model.head = "{head}"',
             fix="name a language model" if head == "lm" else "name a language model, or a reward model",
         )  # fmt: skip
 

@@ -151,8 +151,13 @@ def load_model(
     """The causal model, float32 by default; an adapter is merged into its base, or stays on it.
 
     seed: of a scalar head, where the location holds a language model; around: a context for from_pretrained
+    Raises ModelError for what cannot be loaded, and for a classifier where a language model is wanted: transformers
+    would give it a fresh head.
     """
-    if model.head == "scalar" and not labels_of(where):
+    labels = labels_of(where)
+    if labels and model.head == "lm":
+        raise ModelError(f"{where.path} holds {in_words(labels)}, which answers nothing", fix="name a language model")
+    if model.head == "scalar" and not labels:
         language_model = load_model(where, replace(model, head="lm"), say, around=around)
         return with_scalar_head(language_model, seed, say)
     if where.base is not None:
@@ -199,6 +204,11 @@ def labels_of(where: Location) -> int:
     if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
         return 0
     return PretrainedConfig.from_dict(config).num_labels  # type: ignore[no-any-return]
+
+
+def in_words(labels: int) -> str:
+    """A sequence classifier by the number of its outputs."""
+    return "a reward model" if labels == 1 else f"a classifier with {labels} outputs"
 
 
 def with_scalar_head(lm: Any, seed: int, say: Say) -> Any:

@@ -439,6 +439,17 @@ def test_a_classifier_with_more_outputs_is_no_start(tokenizer: Any, tiny_folder:
         make_job(load_recipe(write_recipe(tmp_path, folder, **SCALAR)), lambda _: None)
 
 
+def test_a_reward_model_is_not_asked_for_answers(tokenizer: Any, tmp_path: Path) -> None:
+    """transformers would give it a head for the vocabulary, drawn at random, and a warning."""
+    from test_rewards_models import classifier
+
+    from alignzoo.chat import load_speaker
+
+    folder = classifier(tmp_path / "one", tokenizer)
+    with pytest.raises(ModelError, match="holds a reward model, which answers nothing"):
+        load_speaker(str(folder), lambda _: None)
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_that_share_the_weights_out_begin_with_the_same_head(tiny_folder: Path, tmp_path: Path) -> None:

@@ -37,9 +37,8 @@ class RRHF(alignzoo.Loss):
     def __call__(self, batch: alignzoo.Groups) -> alignzoo.LossOutput:
         completion, rewards, group = batch.completion, batch.rewards, batch.group
         same = group[:, None] == group  # (N, N)
-        worse = same & (
-            rewards[:, None] < rewards
-        )  # (N, N), the row's completion is worse than the column's; NaN never is
+        # (N, N), whether the row's completion is worse than the column's; one without a reward never is
+        worse = same & (rewards[:, None] < rewards)
         tied = same & (rewards[:, None] == rewards)
         after = worse | tied.tril(-1)  # (N, N), the row's completion comes after the column's in the ranking
         best = ~rewards.isnan() & ~after.any(-1)  # (N,), one of each group that has a reward
