@@ -57,6 +57,7 @@ RIGHT: dict[str, dict[str, Any]] = {  # a row of each format that has nothing wr
     "messages": {"messages": TURNS, **BESIDE},
     "sharegpt": {"conversations": SAID, **BESIDE},
     "text": {"text": "once upon a time", "score": 1},
+    "groups": {"prompt": TURNS[:1], "completions": ["fine", TURNS[3:]], "rewards": [1, None], **BESIDE},
     "prompts": {"prompt": "a", "truth": [1], **BESIDE},
 }
 DEEP: Any = "x"
@@ -69,7 +70,7 @@ JUNK = (
     {"role": "assistant", "content": "", "tool_calls": [3]}, {1: 2}, b"bytes", object, "😀" * 50,
     {"role": "tool", "content": ["x"], "tool_calls": {"name": "f", "arguments": "[1]"}},
 )  # fmt: skip
-ROWS_OF_A_FORMAT = 600  # times 17 formats: more than ten thousand
+ROWS_OF_A_FORMAT = 600  # times 18 formats: more than ten thousand
 
 
 def broken(row: Any, rng: random.Random) -> Any:
