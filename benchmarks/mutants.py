@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,9 +70,9 @@ class Count:
 
 
 def mutants(source: str) -> Iterator[Mutant]:
-    """One after the other, no two alike."""
+    """One after the other, no two alike; where two of a line read alike, the later ones are numbered."""
     tree, lines = ast.parse(source), source.splitlines()
-    seen = {ast.dump(tree)}
+    seen, named = {ast.dump(tree)}, Counter[str]()
     for number, node in enumerate(_places(tree)):
         for change in _changes(node):
             twin = copy.deepcopy(tree)
@@ -84,7 +85,9 @@ def mutants(source: str) -> Iterator[Mutant]:
             what, dump = f"{text} -> {ast.unparse(after)}, in: {place}", ast.dump(twin)
             if dump not in seen:
                 seen.add(dump)
-                yield Mutant(what, ast.fix_missing_locations(twin))
+                named[what] += 1
+                again = f" ({named[what]})" if named[what] > 1 else ""
+                yield Mutant(what + again, ast.fix_missing_locations(twin))
 
 
 def _places(tree: ast.Module) -> list[Any]:
