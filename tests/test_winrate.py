@@ -485,7 +485,6 @@ def test_the_interval_of_the_length_controlled_rate_covers() -> None:
 
 
 def test_the_command_and_its_page(server: Server, files: dict[str, str], tmp_path: Path) -> None:
-    server.answer = longer
     rows = lines(Path(files["a"]))
     rows[0]["answer"] = "<script>alert(1)</script>" + "a" * 40
     words = ["winrate", jsonl(Path(files["a"]), rows), files["b"], "--prompts", files["prompts"], "--judge", server.url,
