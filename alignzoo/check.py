@@ -91,16 +91,7 @@ def make_job(
     rewards = make_rewards(recipe, registry, say)
     callbacks = make_callbacks(recipe, registry)
     check_formats(recipe, registry)
-    for info, one, choice in zip(infos, each_loss(loss), recipe.losses, strict=True):
-        say(f"loss: {describe_loss(info, one)}" + (f", weight {choice.weight:g}" if len(infos) > 1 else ""))
-    for name, how in moving_settings(recipe, loss).items():
-        say(f"loss.{name} moves: {how}")
-    for line in rewards.describe():
-        say(f"reward: {line}")
-    for line in callbacks.describe():
-        say(f"callback: {line}")
-    if len(rewards) and recipe.rollout is None:
-        say("WARNING: [[rewards]] is without effect: without [rollout] nothing is sampled")
+    _tell_plugins(recipe, infos, loss, rewards, callbacks, say)
     from alignzoo.reference import plan_reference  # torch: a misspelt loss is told before it is imported
 
     _check_loss_fits(recipe, loss)
@@ -108,19 +99,7 @@ def make_job(
     reference = plan_reference(recipe, loss, live_model=live.model is not None)
     say(f"reference: {reference.words}")
     _check_names(recipe)
-    from alignzoo.model import load_tokenizer, locate
-
-    location = None if live.model is not None else locate(recipe.model.path, recipe.model.revision)
-    if location is None and live.tokenizer is None:
-        raise ModelError("run(model=...) needs its tokenizer too", fix="pass tokenizer=")
-    if recipe.reference.path is not None and reference.kind in ("frozen", "cached"):
-        locate(recipe.reference.path, recipe.reference.revision)  # found now, loaded later
-    tokenizer = live.tokenizer
-    if tokenizer is None and location is not None:
-        say(f"loading the tokenizer of {recipe.model.path}")
-        tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
-    if location is not None:
-        _check_saved_head(recipe, location)
+    location, tokenizer = _find_model(recipe, live, reference.kind, say)
     say(ensure_pad_token(tokenizer))
     _check_vllm(recipe, location)
     others = _find_others(recipe, tokenizer, location, reference.kind)
@@ -149,6 +128,40 @@ def make_job(
         recipe, infos, loss, rewards, registry, reference, location, tokenizer, data, steps, live, others, pairs,
         callbacks,
     )  # fmt: skip
+
+
+def _tell_plugins(
+    recipe: Recipe, infos: Sequence[LossInfo], loss: Loss, rewards: Rewards, callbacks: Callbacks, say: Say
+) -> None:
+    """What the recipe has chosen, with its settings."""
+    for info, one, choice in zip(infos, each_loss(loss), recipe.losses, strict=True):
+        say(f"loss: {describe_loss(info, one)}" + (f", weight {choice.weight:g}" if len(infos) > 1 else ""))
+    for name, how in moving_settings(recipe, loss).items():
+        say(f"loss.{name} moves: {how}")
+    for line in rewards.describe():
+        say(f"reward: {line}")
+    for line in callbacks.describe():
+        say(f"callback: {line}")
+    if len(rewards) and recipe.rollout is None:
+        say("WARNING: [[rewards]] is without effect: without [rollout] nothing is sampled")
+
+
+def _find_model(recipe: Recipe, live: Live, reference: str, say: Say) -> tuple[Location | None, Any]:
+    """Where the model is, and its tokenizer. The weights are loaded later, those of a reference too."""
+    from alignzoo.model import load_tokenizer, locate
+
+    location = None if live.model is not None else locate(recipe.model.path, recipe.model.revision)
+    if location is None and live.tokenizer is None:
+        raise ModelError("run(model=...) needs its tokenizer too", fix="pass tokenizer=")
+    if recipe.reference.path is not None and reference in ("frozen", "cached"):
+        locate(recipe.reference.path, recipe.reference.revision)
+    tokenizer = live.tokenizer
+    if tokenizer is None and location is not None:
+        say(f"loading the tokenizer of {recipe.model.path}")
+        tokenizer = load_tokenizer(location, trust_remote_code=recipe.model.trust_remote_code)
+    if location is not None:
+        _check_saved_head(recipe, location)
+    return location, tokenizer
 
 
 def _check_loss_fits(recipe: Recipe, loss: Loss) -> None:

@@ -22,6 +22,7 @@ from alignzoo.resampling import Estimate, bootstrap, over_seeds
 from alignzoo.resume import flat
 
 SEED = 0  # of the bootstrap
+REWARDS = {"training": "rollout/reward", "held-out": "eval_rollout/reward"}  # of sampled completions, from [[rewards]]
 _OWN = ("train.seed", "output.dir", "log.run_name")  # what runs of one group may differ in
 _FEW = 30  # rows
 _COSTS = ("steps", "train_rows", "seconds", "tokens", "tokens_per_second", "memory")  # of summary.json
@@ -36,6 +37,7 @@ class Group:
     runs: tuple[Run, ...]
     measured: Mapping[str, list[Values]]  # key of a measure -> for each run (R,), at its last evaluation
     curves: Mapping[str, list[Points]]  # key of a measure -> for each run its means over the rows
+    rewards: Mapping[str, list[Points]]  # "training", "held-out" -> for each run; what not all of them have is left out
 
     @property
     def seeds(self) -> list[int]:
@@ -54,6 +56,13 @@ class Group:
         """A measure of each row, averaged over the seeds, (R,)."""
         mean: Values = np.stack(self.measured[key]).mean(0)
         return mean
+
+    def reward(self) -> tuple[float, Estimate] | None:
+        """The mean held-out reward at the first evaluation, and at the last with its interval over seeds."""
+        if "held-out" not in self.rewards:
+            return None
+        values = [of for _, of in self.rewards["held-out"]]
+        return statistics.fmean(of[0] for of in values), over_seeds([of[-1] for of in values])
 
     def figure(self, key: str) -> float | None:
         """The mean over the runs of a number in summary.json; None where a run lacks it."""
@@ -87,6 +96,11 @@ class Comparison:
     @property
     def runs(self) -> list[Run]:
         return [run for group in self.groups for run in group.runs]
+
+    @property
+    def rewards(self) -> list[str]:
+        """Of "training" and "held-out": which rewards all groups have."""
+        return [when for when in REWARDS if all(when in group.rewards for group in self.groups)]
 
     @property
     def main(self) -> Measure | None:
@@ -154,7 +168,15 @@ def _group(label: str, of: Sequence[Run], runs: Sequence[Run], names: Sequence[s
         if all(by_run):
             measured[measure.key] = [values[max(values)] for values in by_run]
             curves[measure.key] = [(sorted(v), [float(v[s].mean()) for s in sorted(v)]) for v in by_run]
-    return Group(label, tuple(of), measured, curves)
+    points = {when: [_points(run, key) for run in of] for when, key in REWARDS.items()}
+    rewards = {when: found for when, found in points.items() if all(steps for steps, _ in found)}
+    return Group(label, tuple(of), measured, curves, rewards)
+
+
+def _points(run: Run, key: str) -> Points:
+    """A metric of metrics.jsonl over the steps."""
+    found = [(record["step"], value) for record in run.records if (value := number(record.get(key))) is not None]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _shared_rows(runs: Sequence[Run]) -> list[str]:

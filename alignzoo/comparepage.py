@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -72,6 +72,7 @@ def _group_json(comparison: Comparison, group: Group) -> dict[str, Any]:
             "over_rows": asdict(group.over_rows(measure)),
             "by_seed": [float(values.mean()) for values in group.measured[measure.key]],
         }
+    reward = group.reward()
     return {
         "label": group.label,
         "loss": group.runs[0].loss,
@@ -79,6 +80,7 @@ def _group_json(comparison: Comparison, group: Group) -> dict[str, Any]:
         "runs": [str(run.path) for run in group.runs],
         "measures": measures,
         "eval_loss": {"before": before, "after": after},
+        **({} if reward is None else {"eval_reward": {"before": reward[0], "after": asdict(reward[1])}}),
         "cost": group.costs(),
     }
 
@@ -93,6 +95,8 @@ def as_csv(comparison: Comparison) -> str:
             row |= {measure.key: found.mean, f"{measure.key}_low": found.low, f"{measure.key}_high": found.high}
             row |= {f"{measure.key}_rows_low": over_rows.low, f"{measure.key}_rows_high": over_rows.high}
         row["eval_loss_before"], row["eval_loss_after"] = last_loss(group)
+        if reward := group.reward():
+            row |= {"eval_reward_before": reward[0], "eval_reward_after": reward[1].mean}
         rows.append(row | group.costs())
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
@@ -120,6 +124,8 @@ def between(found: Estimate) -> str:
 def verdict(comparison: Comparison) -> list[str]:
     """The main measure in sentences: who has most of it, and whom the data tell from the baseline."""
     main, base = comparison.main, comparison.baseline
+    if main is None and "held-out" in comparison.rewards:
+        return list(_reward_verdict(comparison))
     if main is None:
         return ["No held-out rows are shared by all runs: only curves, costs and each loss's own figures are here."]
     means = {group.label: float(group.rows(main.key).mean()) for group in comparison.groups}
@@ -136,6 +142,37 @@ def verdict(comparison: Comparison) -> list[str]:
     if len(found) > 1:
         lines.append(f"Each interval is made for itself: that all {len(found)} hold is less certain than 95 %.")
     return lines
+
+
+def _reward_verdict(comparison: Comparison) -> Iterator[str]:
+    """Where completions were sampled, so that there are no rows in common."""
+    yield "No held-out rows are shared by all runs: what is compared is the mean reward of sampled completions."
+    for group in comparison.groups:
+        before, after = found_reward(group)
+        interval = f", 95 % interval over {len(group.runs)} seeds {between(after)}" if between(after) else ""
+        yield f"{group.label}: held-out reward {plain(before)} before, {plain(after.mean)} after{interval}."
+    if any(len(group.runs) < 2 for group in comparison.groups):
+        yield "One seed says little here: another one samples other completions (--seeds 3)."
+
+
+def found_reward(group: Group) -> tuple[float, Estimate]:
+    found = group.reward()
+    assert found is not None
+    return found
+
+
+def _reward_table(comparison: Comparison) -> Table:
+    """Nothing where not all groups have sampled held-out completions."""
+    rows = []
+    for group in comparison.groups if "held-out" in comparison.rewards else ():
+        before, after = found_reward(group)
+        by_seed = ", ".join(plain(values[-1]) for _, values in group.rewards["held-out"])
+        rows.append([group.label, str(len(group.runs)), plain(before), _cell(after), by_seed])
+    caption = (
+        "Mean reward of completions sampled for the held-out prompts, by [[rewards]] and its weights. In brackets: 95 "
+        "% intervals over seeds (Student's t)."
+    )
+    return Table(["loss", "seeds", "before", "after", "after, seed by seed"], rows, caption)
 
 
 def results(comparison: Comparison) -> Table:
@@ -222,6 +259,7 @@ def html(comparison: Comparison, title: str, notes: Sequence[str] = ()) -> str:
         header=Table((), _facts(comparison)),
         notes=[*notes, *comparison.notes],
         verdict=verdict(comparison),
+        rewards=_reward_table(comparison),
         results=results(comparison),
         meanings=[f"{_in_words(measure)}: {measure.meaning}" for measure in comparison.measures],
         baseline=comparison.baseline,

@@ -6,7 +6,7 @@ import math
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from alignzoo.compare import Comparison, Group
+from alignzoo.compare import Comparison, Points
 from alignzoo.measures import Measure
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def curve_panels(comparison: Comparison) -> list[Measure]:
 
 
 def curves(comparison: Comparison) -> Figure:
-    """A panel for each measure; a line for each group's mean over the seeds, and thin ones for the seeds."""
-    shown = curve_panels(comparison)
+    """A panel for each measure and reward; a line for each group's mean over the seeds, and thin ones for the seeds."""
+    shown: list[Measure | str] = [*curve_panels(comparison), *comparison.rewards]
     wide = min(2, max(1, len(shown)))
     drawing = _figure(3.5 * wide, 2.6 * math.ceil(max(1, len(shown)) / wide) + 0.4)
     if not shown:
@@ -46,10 +46,12 @@ def curves(comparison: Comparison) -> Figure:
     for place, measure in enumerate(shown):
         axes = drawing.add_subplot(math.ceil(len(shown) / wide), wide, place + 1)
         for group, look in zip(comparison.groups, looks(len(comparison.groups)), strict=True):
-            _draw_group(axes, group, measure, look)
-        axes.set_title(measure.title, loc="left", fontweight="bold")
-        axes.set_ylabel(measure.unit)
-        if measure.share:
+            lines = group.rewards[measure] if isinstance(measure, str) else group.curves[measure.key]
+            _draw_group(axes, lines, look)
+        title, unit = (f"{measure} reward", "reward") if isinstance(measure, str) else (measure.title, measure.unit)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_ylabel(unit)
+        if isinstance(measure, Measure) and measure.share:
             axes.axhline(0.5, color="#555555", linewidth=0.8, linestyle=(0, (1, 1.5)))
             axes.set_ylim(min(0.4, axes.get_ylim()[0]), 1.02)
         if place >= len(shown) - wide:
@@ -58,15 +60,15 @@ def curves(comparison: Comparison) -> Figure:
     return drawing
 
 
-def _draw_group(axes: Axes, group: Group, measure: Measure, look: dict[str, Any]) -> None:
-    lines = group.curves[measure.key]
+def _draw_group(axes: Axes, lines: list[Points], look: dict[str, Any]) -> None:
     if len(lines) > 1:
         for steps, values in lines:
             axes.plot(steps, values, color=look["color"], linewidth=0.6, alpha=0.35)
     common = sorted(set.intersection(*(set(steps) for steps, _ in lines)))
     tables = [dict(zip(steps, values, strict=True)) for steps, values in lines]
     mean = [sum(table[step] for table in tables) / len(tables) for step in common]
-    axes.plot(common, mean, linewidth=1.5, markersize=4, markerfacecolor="white", **look)
+    every = max(1, len(common) // 12)  # a marker at each of many steps would hide the line
+    axes.plot(common, mean, linewidth=1.5, markersize=4, markerfacecolor="white", markevery=every, **look)
 
 
 def differences(comparison: Comparison) -> Figure:

@@ -83,6 +83,8 @@ def panels(records: Sequence[Record], eval_rows: int = 0) -> list[Panel]:
     norms = [v for record in records if (v := number(record.get("grad_norm"))) is not None]
     wide = bool(norms) and min(norms) > 0 and max(norms) / min(norms) > 30
     offered = (
+        Panel("Reward of completions", "reward", (Curve("rollout/reward"),)),
+        Panel("Length of completions", "tokens", (Curve("rollout/length"),)),
         Panel("Loss", "loss", (Curve("loss"),)),
         Panel(*_REWARDS[prefix], _curves(rewards)),
         Panel("Accuracy", "accuracy", (Curve(accuracy),), chance=0.5, span=(-0.03, 1.03), rows=eval_rows),

@@ -165,7 +165,7 @@ class Setup:
     offload_parameters: bool = False
     checkpointing: bool = False
     eager: bool = False
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,13 @@ def estimate(shape: Shape, setup: Setup, load: Load, libraries: int = 0) -> Esti
         states["reference"] = frozen // setup.ranks if setup.zero == 3 else frozen
     at_all_times = states | {"libraries": libraries}
     width = _compute_bytes(shape, setup)
+    foreach = setup.device == "cuda" and (setup.precision == "fp16" or not setup.optimizer.endswith("fused"))
     moments = {
         "micro-batch": {
             "activations": activation_bytes(shape, setup, load),
             "temporary": _temporary(shape, setup, load),
         },
-        "update": {"temporary": states["gradients"] if setup.device == "cuda" else 0},  # torch's foreach
+        "update": {"temporary": states["gradients"] if foreach else 0},
     }
     if load.sampled:
         cache = load.sampled * shape.layers * 2 * shape.key_heads * shape.head_dim * width

@@ -54,7 +54,9 @@ def class_and_options(recipe: Recipe, model: nn.Module) -> tuple[type[torch.opti
     train = recipe.train
     if train.optimizer in OWN:
         options = {"lr": train.learning_rate, "betas": tuple(train.adam_betas), "eps": train.adam_epsilon}
-        return torch.optim.AdamW, options | ({"fused": True} if train.optimizer.endswith("fused") else {})
+        # in fp16 the fused kernel skips a step by itself, and accelerate, which counts these, does not see it
+        fused = train.optimizer.endswith("fused") and recipe.engine.precision != "fp16"
+        return torch.optim.AdamW, options | ({"fused": True} if fused else {})
     from transformers import Trainer
 
     arguments: Any = SimpleNamespace(

@@ -106,6 +106,7 @@ def summary(
         "eval_rows": eval_rows,
         "accuracy": _accuracy(held_out, eval_rows, eval_pairs),
         "eval_loss": _change(held_out, "eval_loss"),
+        "eval_reward": _change(held_out, "eval_rollout/reward"),
         "chosen_logp_per_token": _change(held_out, "eval_mean_logps/chosen"),
         "completion_logp_per_token": _change(held_out, "eval_mean_logps/completion"),
         "train": dict(last),
@@ -154,6 +155,7 @@ def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     prefix = next((p for p in PREFIXES if f"eval_{p}/margins" in record or f"eval_{p}/chosen" in record), "")
     unit = {"rewards": "", "log_ratios": " nats", "mean_logps": " nats per token"}.get(prefix, "")
     rows = [
+        ("held-out reward", _show_change(summary.get("eval_reward"))),
         ("held-out loss", _show_change(summary.get("eval_loss"))),
         ("held-out accuracy", _show_accuracy(summary.get("accuracy"))),
         ("held-out margin (pairs)", _show(record.get("eval_pairs/margins"))),

@@ -109,7 +109,7 @@ class Train:
     batch_size: int = setting(16, "examples in one optimizer step, over all micro-batches and ranks", ge=1)
     epochs: int = setting(1, "passes over the training rows", ge=1)
     max_steps: int | None = setting(None, "at most so many optimizer steps", ge=1)
-    optimizer: str = setting("adamw_torch", "by its name in transformers, e.g. adamw_torch, sgd, adafactor")
+    optimizer: str = setting("adamw_torch_fused", "by its name in transformers, e.g. adamw_torch, sgd, adafactor")
     lr_scheduler: str = setting("cosine", "by its name in transformers, e.g. cosine, linear, constant_with_warmup")
     warmup_ratio: float = setting(0.1, "part of the steps for the warm-up", ge=0, le=1)
     warmup_steps: int | None = setting(None, "steps of the warm-up; beats warmup_ratio", ge=0)

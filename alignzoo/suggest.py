@@ -139,6 +139,11 @@ def _remarks(facts: Facts) -> Iterator[str]:
 
 def _fit(info: LossInfo, facts: Facts) -> Fit:
     fits, examples, why = _match(info.cls.data, facts)
+    if info.cls.needs_scores:
+        why.append('it trains a reward model (model.head = "scalar"), which gives scores and no answers')
+        if fits == "online":  # such a model answers nothing
+            fits, examples = "no", 0
+            why[0] = _wants(info.cls.data, facts)
     if fits in ("yes", "converted"):
         why += _costs(info, facts)
     return Fit(info.name, fits, info.cls.family, examples, tuple(why), info.cls.paper)
@@ -156,7 +161,11 @@ def _match(wanted: str, facts: Facts) -> tuple[str, int, list[str]]:
     if facts.asked:
         made = f"with [rollout] and [[rewards]]: the model answers the prompts, and {wanted} are made of its answers"
         return "online", facts.asked, [made]
-    return "no", 0, [f"it wants {wanted} ({SHAPES.get(wanted, wanted)}), and the data holds {facts.kind}"]
+    return "no", 0, [_wants(wanted, facts)]
+
+
+def _wants(wanted: str, facts: Facts) -> str:
+    return f"it wants {wanted} ({SHAPES.get(wanted, wanted)}), and the data holds {facts.kind}"
 
 
 def _costs(info: LossInfo, facts: Facts) -> list[str]:

@@ -71,10 +71,11 @@ class Results:
         return None
 
     def put(self, found: Record, table: str = "records") -> None:
-        """Instead of the record that there is of the same thing."""
-        same = [found.get(name) for name in ("spec", "model", "hardware")]
-        kept = [r for r in self.content[table] if [r.get(name) for name in ("spec", "model", "hardware")] != same]
-        self.content[table] = [*kept, found]
+        """In the place of the record that there is of the same thing."""
+        records = self.content[table]
+        what = [[one.get(name) for name in ("spec", "model", "hardware")] for one in (*records, found)]
+        place = what.index(what[-1])
+        records[place : place + 1] = [found]
         self.write()
 
     def mark(self, spec: Sequence[Spec], machine: Record, void: str) -> None:

@@ -135,7 +135,7 @@ def _options(wish: Wish, data: str, precision: str) -> Case:
     """Ours alone: one thing changed at a time, on rows of one shape."""
     changes: tuple[Spec, ...] = (
         {}, {"compile": True}, {"set": {"train.optimizer": "adamw_torch_fused"}},
-        {"set": {"engine.gradient_checkpointing": True}},
+        {"set": {"engine.gradient_checkpointing": True}}, {"set": {"engine.tokens_per_device": 512}},
     )  # fmt: skip
     if wish.device == "cpu":
         changes = (*changes, {"precision": "bf16"})

@@ -93,7 +93,7 @@ def _recipe(spec: dict[str, Any], plan: Plan, folder: str) -> alignzoo.Recipe:
         "reference": {"mode": "live" if spec["reference"] == "live" else "cache"},
         "train": {
             "learning_rate": spec["learning_rate"], "batch_size": len(plan.steps[0]), "max_steps": len(plan.steps),
-            "lr_scheduler": "constant", "warmup_ratio": 0.0, "seed": spec["seed"],
+            "lr_scheduler": "constant", "warmup_ratio": 0.0, "seed": spec["seed"], "optimizer": "adamw_torch",
         },
         "engine": {"precision": spec["precision"]},
         "output": {"dir": folder},

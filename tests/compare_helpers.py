@@ -31,6 +31,7 @@ def write_run(
     settings: Mapping[str, Any] | None = None,
     manifest: Mapping[str, Any] | None = None,
     summary: Mapping[str, Any] | None = None,
+    records: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """A finished run with these held-out log-probs. settings: sections of the recipe over the usual ones."""
     (folder / "model").mkdir(parents=True)
@@ -53,7 +54,7 @@ def write_run(
     lines = [{"prompt": p, "before": b, "after": a} for p, b, a in samples]
     (folder / SAMPLES).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / LOG).write_text("".join(f"{line}\n" for line in said))
-    records = [{"step": step, "eval_loss": 1.0 / (step + 1)} for step in sorted(sums)]
+    records = [*records, *({"step": step, "eval_loss": 1.0 / (step + 1)} for step in sorted(sums))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for step, table in sums.items():
         write_eval_rows(folder, step, trees, scores_of(trees, table, reference))

@@ -134,6 +134,25 @@ def shuffled(self: Any, batch: Any) -> LossOutput:
     return LossOutput(dpo(self, batch).loss * (1 + 0.1 * torch.rand(len(batch.chosen.mask))))
 
 
+def row_weights(self: Any, batch: Any) -> LossOutput:
+    return LossOutput(batch.extra["weight"] * dpo(self, batch).loss)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    beta: float = setting(0.1, "scale of the log-ratios", gt=0)
+    by: str | None = setting(None, "column of data.keep with the weights of the rows")
+
+
+def weighted_by(self: Any, batch: Any) -> LossOutput:
+    weight = 1.0 if self.settings.by is None else batch.extra[self.settings.by]
+    return LossOutput(weight * dpo(self, batch).loss)
+
+
+def declared_the_wrong_way(self: Any) -> tuple[str, ...]:
+    return () if self.settings.by else ("weight",)
+
+
 WRONG: dict[str, tuple[str, Any]] = {
     "sign flipped": ("direction", loss_class("flipped", lambda s, b: -1.0 * dpo(s, b))),
     "rewards of the other side": ("direction", loss_class("other-rewards", swapped_rewards)),
@@ -216,6 +235,12 @@ WRONG: dict[str, tuple[str, Any]] = {
                    invariances=frozenset({"shift"})),
     ),
     "entropy asked for and not read": ("requests", loss_class("idle-entropy", dpo, token_stats=frozenset({"entropy"}))),
+    "column declared and not read": ("requests", loss_class("idle-column", dpo, columns=("weight",))),
+    "column read and not declared": ("requests", loss_class("hidden-column", row_weights)),
+    "column declared for other settings": (
+        "requests",
+        loss_class("other-column", weighted_by, Settings=Weighted, columns=property(declared_the_wrong_way)),
+    ),
     "division by a count of labels": ("empty", loss_class("labels", ratio_of_labels, "labelled")),
     "division by a deviation of 0": (
         "empty",
@@ -255,6 +280,14 @@ class Column:
 def column_margin(self: Any, batch: Any) -> LossOutput:
     wanted = batch.extra[self.settings.column] + (self.settings.offset or 0.0)
     return LossOutput(-logsigmoid(0.1 * margin(batch) - wanted))
+
+
+def weighted_where_given(self: Any, batch: Any) -> LossOutput:
+    """Columns that it can do without need no declaration."""
+    loss = dpo(self, batch).loss
+    if "weight" in batch.extra:
+        loss = loss * batch.extra["weight"]
+    return LossOutput(loss * batch.extra.get("scale", 1.0))
 
 
 @dataclass(frozen=True)
@@ -384,7 +417,10 @@ def kl_declared(self: Any) -> bool:
 RIGHT: dict[str, Any] = {
     "discovered": loss_class("discovered", discovered, Settings=Sigmoid),
     "weighted": loss_class("weighted", weighted),
-    "column": loss_class("column", column_margin, Settings=Column),
+    "column": loss_class(
+        "column", column_margin, Settings=Column, columns=property(lambda self: (self.settings.column,)),
+    ),
+    "optional column": loss_class("optional", weighted_where_given),
     "moving baseline": loss_class(
         "moving", binary, "labelled", Settings=Moving, prepare=moving_baseline,
         init_state=lambda self: {"baseline": torch.zeros(())},

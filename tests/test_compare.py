@@ -16,7 +16,8 @@ from conftest import make_trees
 
 from alignzoo.cli import cli
 from alignzoo.compare import compare
-from alignzoo.comparepage import as_csv, as_json, results, verdict
+from alignzoo.comparepage import as_csv, as_json, html, results, verdict
+from alignzoo.compareplot import curves
 from alignzoo.errors import AlignzooError
 from alignzoo.evalrows import read_eval_rows, row_name, write_eval_rows
 from alignzoo.measures import MEASURES, Sums
@@ -267,6 +268,40 @@ def test_runs_without_rows_are_compared_as_far_as_they_can(tmp_path: Path) -> No
     found = compare(runs)
     assert (found.rows, found.measures, found.differences) == (0, (), ())
     assert "no eval_rows.json" in found.notes[0] and "No held-out rows" in verdict(found)[0]
+
+
+def rewarded(folder: Path, loss: str, seed: int, before: float, after: float) -> Path:
+    """A run that has sampled: its rewards over three steps."""
+    held_out = [{"step": 0, "eval_rollout/reward": before}, {"step": 3, "eval_rollout/reward": after}]
+    training = [{"step": i, "loss": 0.0, "rollout/reward": before + i * (after - before) / 3} for i in (1, 2, 3)]
+    return write_run(folder / f"{loss}{seed}", [], {}, loss=loss, seed=seed, records=[*held_out, *training])
+
+
+def test_runs_that_sample_are_compared_by_their_rewards(tmp_path: Path) -> None:
+    made = {("grpo", 1): (0.3, 0.8), ("grpo", 2): (0.4, 0.9), ("grpo", 3): (0.2, 0.7), ("dpo", 1): (0.3, 0.6)}
+    paths = [rewarded(tmp_path, *who, *values) for who, values in made.items()]
+    found = compare([read_finished(path) for path in paths])
+    assert found.rewards == ["training", "held-out"] and not found.measures
+    before, after = found.groups[0].reward() or pytest.fail("no reward")
+    assert (before, after.mean) == pytest.approx((0.3, 0.8))
+    assert after.high == pytest.approx(0.8 + 4.302653 * 0.1 / 3**0.5)  # Student's t, 2 degrees of freedom
+    said = " ".join(verdict(found))
+    assert "grpo: held-out reward 0.300 before, 0.800 after, 95 % interval over 3 seeds 0.552 to 1.048." in said
+    assert "dpo: held-out reward 0.300 before, 0.600 after." in said and "One seed says little" in said
+    assert [axes.get_title(loc="left") for axes in curves(found).axes] == ["training reward", "held-out reward"]
+    lines = [line.get_ydata() for line in curves(found).axes[1].get_lines()]  # three thin ones, the mean, dpo
+    assert [list(line) for line in lines] == [
+        [0.3, 0.8],
+        [0.4, 0.9],
+        [0.2, 0.7],
+        [pytest.approx(v) for v in (0.3, 0.8)],
+        [0.3, 0.6],
+    ]
+    page, table = html(found, "t"), as_json(found)["groups"][0]["eval_reward"]
+    assert "Held-out rewards" in page and "0.800, 0.900, 0.700" in page and table["after"]["mean"] == pytest.approx(0.8)
+    assert float(next(csv.DictReader(as_csv(found).splitlines()))["eval_reward_after"]) == pytest.approx(0.8)
+    plain = compare([read_finished(path) for path in [*paths, write_run(tmp_path / "sft", [], {}, loss="sft")]])
+    assert plain.rewards == [] and "Held-out rewards" not in html(plain, "t")
 
 
 def test_groups_of_one_loss_are_named_by_what_differs(tmp_path: Path) -> None:

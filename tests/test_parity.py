@@ -131,7 +131,7 @@ def matrix() -> list[Found]:
     cases += [case("dpo", engine__tokens_per_device=budget) for budget in (1, 50, 400)]
     cases += [case("dpo", tied=True), case("sft", rows=3, train__batch_size=2), case("kto", train__batch_size=5)]
     cases += [case("dpo", engine__gradient_checkpointing=True)]
-    adam = {"train__optimizer": "adamw_torch", "train__learning_rate": 1e-2, "train__max_grad_norm": 1.0}
+    adam = {"train__optimizer": "adamw_torch_fused", "train__learning_rate": 1e-2, "train__max_grad_norm": 1.0}
     return [*cases, case("dpo", **adam), case("dpo", lora=True, **adam)]
 
 

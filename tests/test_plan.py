@@ -151,6 +151,15 @@ def test_optimizers_and_the_reference() -> None:
         assert found.parts["reference"] == 4 * p // share and tuple(found.parts) == PARTS
 
 
+def test_the_update_takes_as_much_as_the_gradients_where_it_is_not_fused() -> None:
+    shape = shape_of(LLAMA, settings())
+    for optimizer, precision, when in (
+        ("adamw_torch", "bf16", "update"), ("adamw_torch_fused", "bf16", "micro-batch"), ("sgd", "bf16", "update"),
+        ("adamw_torch_fused", "fp16", "update"),
+    ):  # fmt: skip
+        assert estimate(shape, Setup("cuda", precision, optimizer=optimizer), Load(4, 4)).when == when
+
+
 # --- activations -----------------------------------------------------------------------------------------------------
 
 

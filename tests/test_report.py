@@ -202,6 +202,18 @@ def test_summary_of_a_preference_run():
     json.dumps(found, allow_nan=False)
 
 
+def test_the_reward_of_a_run_that_samples_is_told_first():
+    held_out = [{"step": s, "eval_rollout/reward": r, "eval_loss": 0.0} for s, r in ((0, 0.25), (4, 0.75))]
+    training = [{"step": s, "rollout/reward": 0.1 * s, "rollout/length": 20.0 + s, "loss": 0.0} for s in (1, 2, 3, 4)]
+    records = [held_out[0], *training, held_out[1]]
+    found = summary(records, eval_rows=8, model_path="model", seconds=1.0)
+    wanted = {"before": 0.25, "after": 0.75, "change": 0.5, "first_step": 0, "last_step": 4}
+    assert found["eval_reward"] == pytest.approx(wanted)
+    cells = [list(column.cells) for column in report.figures_table(found).columns]
+    assert (cells[0][0], str(cells[1][0])) == ("held-out reward", "0.250 -> 0.750 (+0.500)")
+    assert titles(records)[:2] == ["Reward of completions", "Length of completions"]
+
+
 def test_summary_holds_what_was_measured_only():
     found = summary(sft_records(), eval_rows=10, model_path="model", seconds=1.0)
     assert not set(found) & {"accuracy", "first_eval", "chosen_logp_per_token", "tokens_per_second"}

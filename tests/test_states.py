@@ -47,7 +47,7 @@ def by_name(name: str, **settings: Any) -> Make:
 
 
 MAKERS: dict[str, Make] = {
-    name: by_name(name) for name in ("adamw_torch", "sgd", "adagrad", "adafactor", "rmsprop")
+    name: by_name(name) for name in ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "adafactor", "rmsprop")
 } | {
     "sgd with momentum": lambda net: torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True),
     "rmsprop centred": lambda net: torch.optim.RMSprop(net.parameters(), lr=0.01, momentum=0.9, centered=True),
@@ -64,6 +64,14 @@ def test_adamw_is_that_of_transformers_without_asking_it(name: str, monkeypatch:
     theirs = by_name(name, adam_betas=[0.8, 0.95], adam_epsilon=1e-7)(Net())
     assert type(ours) is type(theirs) is torch.optim.AdamW
     assert ours.defaults == theirs.defaults
+
+
+def test_the_fused_kernel_is_the_default_but_in_fp16() -> None:
+    """There it skips a step by itself, which accelerate does not count as skipped."""
+    recipe = {"loss": {"name": "dpo"}, "model": {"path": "x"}, "data": {"train": "x"}, "train": {"learning_rate": 0.1}}
+    found = {p: make_optimizer(load_recipe(recipe, {"engine.precision": p}), Net()).defaults["fused"]
+             for p in ("auto", "fp32", "bf16", "fp16")}  # fmt: skip
+    assert found == {"auto": True, "fp32": True, "bf16": True, "fp16": None}
 
 
 def names_of(net: nn.Module) -> dict[nn.Parameter, str]:

@@ -54,6 +54,8 @@ def wanted(kind: str, examples: dict[str, int]) -> dict[str, tuple[str, int]]:
         to = row["data"]
         word = "yes" if to == kind else "converted" if (kind, to) in CONVERSIONS else "online"
         says[row["name"]] = (word, examples.get(to, 300))
+    if says["bradley_terry"][0] == "online":
+        says["bradley_terry"] = ("no", 0)  # a reward model answers nothing
     return says
 
 
@@ -68,6 +70,7 @@ def test_pairs(tmp_path: Path) -> None:
     assert order == sorted(order, key=["yes", "converted", "online", "no"].index)
     assert found["facts"]["prompts"] == 300 and found["remarks"] == []
     assert "log-probs of a reference" in why(found, "dpo") and "label_smoothing" in why(found, "dpo")
+    assert "trains a reward model" in why(found, "bradley_terry") and "reward model" not in why(found, "dpo")
     assert "no reference" in why(found, "orpo") and "both labels have as many rows" in why(found, "kto")
 
 
@@ -107,7 +110,9 @@ def test_prompts_alone_can_be_answered_and_plugins_are_asked_too(tmp_path: Path)
     plugin = tmp_path / "sampler.py"
     plugin.write_text(PLUGIN)
     found = suggest([{"prompt": row["prompt"], "truth": 1} for row in clean(300)], tmp_path, "--plugin", str(plugin))
-    assert set(fits(found).values()) == {("online", 300)} and "sampler" in fits(found)
+    answering = {name: fit for name, fit in fits(found).items() if name != "bradley_terry"}
+    assert set(answering.values()) == {("online", 300)} and "sampler" in answering
+    assert "the data holds prompts | it trains a reward model" in why(found, "bradley_terry")
     assert "groups are made of its answers" in why(found, "sampler")
     text = suggest([{"text": row["chosen"]} for row in clean(10)], tmp_path, "--plugin", str(plugin))
     assert fits(text)["sft"] == ("yes", 10)

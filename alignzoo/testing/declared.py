@@ -88,14 +88,36 @@ REFERENCE = Check(
 
 
 def _asks(subject: Subject) -> Verdict:
-    """token_stats and needs_mismatched: what is computed for the loss is read by it."""
+    """token_stats, needs_mismatched and columns: what is computed or kept for the loss is read by it."""
+    columns = _columns(subject)
+    if columns.state == "fails":
+        return columns
     asked: dict[str, Callable[[Rows], Rows]] = {name: _moved_stat(name) for name in sorted(subject.cls.token_stats)}
     if any(loss.needs_mismatched for s in subject.variants if (loss := choices.make(subject.cls, s))):
         asked["needs_mismatched"] = _moved_mismatched
     for name, change in asked.items():
         if not any(_moves(subject, settings, change, metrics=True) for settings in subject.variants):
             return Verdict("fails", f"it asks for {name}, and neither its loss nor its metrics change with it")
-    return Verdict("holds", ", ".join(asked)) if asked else Verdict("not tested", "it asks for nothing more")
+    found = ", ".join([*asked, *([columns.what] if columns.what else [])])
+    return Verdict("holds", found) if found else Verdict("not tested", "it asks for nothing more")
+
+
+def _columns(subject: Subject) -> Verdict:
+    """Each declared column is read, and each that it cannot do without is declared, so that it is asked for in time."""
+    read = set[str]()
+    for settings in subject.variants:
+        loss = choices.make(subject.cls, settings)
+        if loss is None:
+            continue
+        wants, asked = set(loss.columns), subject.asked(loss)
+        reads = set(asked)
+        words = Case(settings).words().split("settings: ")[1]
+        if idle := sorted(map(str, wants - reads)):
+            return Verdict("fails", f"it declares the columns {', '.join(idle)} and does not read them ({words})")
+        if hidden := sorted(reads - wants - asked.optional):
+            return Verdict("fails", f"it reads the columns {', '.join(hidden)} and does not declare them ({words})")
+        read |= reads
+    return Verdict("holds", f"columns {', '.join(sorted(read))}" if read else "")
 
 
 def _moved_stat(name: str) -> Callable[[Rows], Rows]:
@@ -113,9 +135,9 @@ def _moved_mismatched(rows: Rows) -> Rows:
 
 ASKS = Check(
     "requests",
-    "token_stats and needs_mismatched are read",
-    "a declaration that was left behind",
-    "take it out: each costs time in every step",
+    "token_stats, needs_mismatched and columns are read, and no other columns",
+    "a declaration that was left behind; a column of batch.extra that is not declared",
+    "take out what is not read: it costs time in every step; declare what is read: columns = (...)",
     _asks,
 )
 

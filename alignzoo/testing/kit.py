@@ -40,15 +40,15 @@ class Subject:
         return choices.variants(self.cls)
 
     @cached_property
-    def _columns(self) -> dict[str, tuple[str, ...]]:
+    def _asked(self) -> dict[str, Asked]:
         return {}
 
-    def columns(self, loss: Loss) -> tuple[str, ...]:
+    def asked(self, loss: Loss) -> Asked:
         """The columns of data.keep that a loss reads with its settings, found by trying."""
         key = repr(loss.settings)
-        if key not in self._columns:
-            self._columns[key] = _columns_of(loss)
-        return self._columns[key]
+        if key not in self._asked:
+            self._asked[key] = _asked_by(loss)
+        return self._asked[key]
 
     def contract(self, check: Check) -> Verdict:
         """The verdict of the check that all others build on, found once."""
@@ -61,7 +61,7 @@ class Subject:
         return []
 
     def rows(self, loss: Loss, case: Case) -> Rows:
-        return draw(loss, case, self.columns(loss))
+        return draw(loss, case, tuple(self.asked(loss)))
 
     def cases(
         self, *draws: str, sizes: Sequence[tuple[int, int]] = SIZES, seeds: int = 1, other: tuple[int, int] = (4, 5)
@@ -75,7 +75,7 @@ class Subject:
             yield from (Case(settings, drawn, *other) for drawn in draws)
 
 
-def _columns_of(loss: Loss) -> tuple[str, ...]:
+def _asked_by(loss: Loss) -> Asked:
     rows = draw(loss, Case(rows=2))
     asked, how, objective = Asked(2), How(), Objective(loss)
     with suppress(Exception):  # whatever is wrong with it, the checks find it with a place to show
@@ -85,7 +85,7 @@ def _columns_of(loss: Loss) -> tuple[str, ...]:
         prepared, _ = prepare(objective, draw(loss, Case(rows=2), tuple(asked)), how, loss.init_state())
         batch = make_batch_of(objective, rows, (0, 1), rows.policy, prepared.of((0, 1)), how)
         loss(replace(batch, extra=asked))
-    return tuple(asked)
+    return asked
 
 
 @dataclass(frozen=True)

@@ -264,10 +264,19 @@ class Asked(Mapping[str, Tensor]):
 
     rows: int
     names: dict[str, None] = field(default_factory=dict)
+    optional: set[str] = field(default_factory=set)  # asked for with `in` or get() before they were read
 
     def __getitem__(self, name: str) -> Tensor:
         self.names[name] = None
         return torch.ones(self.rows)
+
+    def __contains__(self, name: object) -> bool:
+        self.optional.update({str(name)} - self.names.keys())
+        return True
+
+    def get(self, name: str, _default: Any = None, /) -> Tensor:
+        self.optional.update({name} - self.names.keys())
+        return self[name]
 
     def __iter__(self) -> Any:
         return iter(self.names)

@@ -9,7 +9,7 @@ averages over all pairs of a prompt's K ranked answers, here each pair is a row.
 - center_rewards_coefficient (c): holds the scores of a pair around 0, which the first term leaves free (Eisenstein et
   al. 2023, arXiv:2312.09244). TRL's RewardTrainer has both under these names.
 
-Rewards: the scores.
+Rewards: the scores, as of every loss on scores that gives none of its own.
 """
 
 from __future__ import annotations
@@ -46,4 +46,4 @@ class BradleyTerry(alignzoo.Loss):
         loss = -logsigmoid(lead)
         if self.settings.center_rewards_coefficient:
             loss = loss + self.settings.center_rewards_coefficient * (chosen + rejected) ** 2
-        return alignzoo.LossOutput(loss, rewards=(chosen.detach(), rejected.detach()))
+        return alignzoo.LossOutput(loss)
