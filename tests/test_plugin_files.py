@@ -107,16 +107,16 @@ def test_a_broken_file_is_an_error_with_its_line(
     install: Install, tmp_path: Path, source: str, error: str, line: int
 ) -> None:
     """The user named it, so it is not passed over; the list of plugins still shows it."""
-    file = tmp_path / "mine.py"
+    file = tmp_path / "torn.py"
     file.write_text(source)
     registry = discover([file])
     for ask in (registry.losses, lambda: registry.get("dpo")):
         with pytest.raises(PluginError) as caught:
             ask()
         assert str(file) in caught.value.what and caught.value.why == f"{error} ({file}:{line})"
-    row = next(row for row in plugin_table(registry) if row["label"] == "mine")
+    row = next(row for row in plugin_table(registry) if row["label"] == "torn")
     assert row["state"] == "broken" and error in row["error"]
-    assert not [name for name in sys.modules if name.startswith("alignzoo_plugin_mine")]
+    assert not [name for name in sys.modules if name.startswith("alignzoo_plugin_torn")]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_without_a_json_file_nothing_is_added() -> None:
         ({"fp16": {"enabled": True}}, "fp16.enabled = true", 'engine.precision = "bf16"'),
         ({"bf16": {"enabled": False}}, "bf16.enabled = false", 'engine.precision = "bf16"'),
         ({"torch_autocast": {"dtype": "float16"}}, 'torch_autocast.dtype = "float16"', 'engine.precision = "bf16"'),
-        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW"', 'train.optimizer = "adamw_torch"'),
+        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW"', 'train.optimizer = "adamw_torch_fused"'),
         ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type = "WarmupLR"', 'train.lr_scheduler = "cosine"'),
         ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer = false", "train.optimizer"),
         ({"data_efficiency": {"enabled": True}}, "data_efficiency.enabled = true", "data.train"),
