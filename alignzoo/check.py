@@ -383,6 +383,8 @@ def _warn(recipe: Recipe, loss: Loss, tokenizer: Any, say: Say) -> None:
             "WARNING: a preference loss on a model without a chat template, probably a base model: "
             "fine-tune it with sft first, or set data.chat_template"
         )
+    if recipe.engine.precision == "fp16" and recipe.train.optimizer == "adamw_torch_fused":
+        say("optimizer: AdamW is not fused in fp16, where steps that the fused kernel skips would not be counted")
     if recipe.model.dropout > 0 or (recipe.model.lora is not None and recipe.model.lora.dropout > 0):
         say("dropout: on in training, as the recipe asks")
     else:

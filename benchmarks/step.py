@@ -190,6 +190,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def tables(results: Results, machine: Record) -> list[str]:
+    """Steps and ratios of all good records of this machine and model."""
+    from step_report import Machine, ratios_table, steps_table
+
+    place = (machine["hardware"], machine["model"])
+    good = [r for r in results.content["records"] if r.get("void") == "" and (r["hardware"], r["model"]) == place]
+    return [*steps_table(Machine(good)), "", *ratios_table(Machine(good)), ""]
+
+
 def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     if options.report:
@@ -215,6 +224,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if startup_wanted(options):
         print("start-up", flush=True)
         results.put(step_startup.measure(options.work) | {k: machine[k] for k in ("hardware", "model")}, "startup")
+    print("\n".join(tables(results, machine)))
     print(f"{len(found) - bad} of {len(found)} cases are good; now: python benchmarks/step.py --report")
     return 1 if bad else 0
 
