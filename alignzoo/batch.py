@@ -59,9 +59,9 @@ def windows_of(steps: Iterator[StepRows], size: int, iterations: int, total: int
         yield tuple(window)
 
 
-def blocks_of(n_rows: int, size: int) -> list[tuple[int, ...]]:
+def blocks_of(rows: Sequence[Tree], size: int) -> list[Sequence[Tree]]:
     """Consecutive blocks of rows, for evaluation."""
-    return [tuple(range(start, min(start + size, n_rows))) for start in range(0, n_rows, size)]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def padded_positions(trees: Sequence[Tree], mismatched: bool = False) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,7 @@ from alignzoo.objective import (
     of_policy,
     pairs_of,
 )  # fmt: skip
+from alignzoo.once import Once, joined
 from alignzoo.optim import make_optimizer, make_schedule
 from alignzoo.progress import StepProgress, brief
 from alignzoo.recipe import Recipe
@@ -100,6 +102,7 @@ class Engine:
         self.way: Way = PADDED  # how trees are laid out, see loading.choose_layout
         self.beat: Callable[[str], None] = lambda _: None  # told what begins, see watchdog.py
         self.on_rows: Callable[[int, Sequence[Tree], RowScores], None] = lambda *_: None  # gets each evaluation's rows
+        self.once: Once | None = None  # within an evaluation that asks for completions more than once
 
     def use_reference(self, step: Scores, held_out: Scores, pairs: Scores) -> None:
         """The reference's log-probs of training rows, held-out rows and held-out pairs, where they are kept."""
@@ -264,7 +267,7 @@ class Engine:
         """Log-probs of a round, and the loss of this rank's rows in it, recorded; None where it has none."""
         micro = round.mine
         table = None if reference is None else reference.score(round)
-        scores = dict(self.policy(round.layout, self.objective.stats))
+        scores = self._scores(round)
         if not torch.is_grad_enabled():
             scores = {name: value.detach() for name, value in scores.items()}
         if micro is None:
@@ -276,6 +279,14 @@ class Engine:
         if seen is not None and "logps" in scores:
             seen.look(round.layout, scores["logps"], table)
         return output, scores
+
+    def _scores(self, round: Round, stats: bool = True) -> dict[str, Tensor]:
+        """What the policy makes of a round, with the token statistics of the loss or without. It is looked up where an
+        evaluation has it already; a rank without rows of its own gets nothing then, as nobody forwards.
+        """
+        if self.once is None:
+            return dict(self.policy(round.layout, self.objective.stats if stats else ()))
+        return {} if round.mine is None else self.once.scores(round.mine.trees, round.layout, self.device)
 
     def _check_units(self, micro: MicroBatch, output: LossOutput) -> None:
         found = tuple(count_units(term) for term in output.terms)
@@ -341,13 +352,13 @@ class Engine:
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         table = torch.zeros(sum(sizes), 3, device=self.device)
         for round, members in self.bare_rounds(trees, mismatched):
-            scores = self.policy(round.layout)["logps"]
+            scores = self._scores(round, stats=False)
             frozen = None if reference is None else reference.score(round)
             if round.mine is None:
                 continue
             index = [starts[i] + k for i in members for k in range(sizes[i])]
             mask = torch.from_numpy(round.layout.mask).to(self.device)
-            table[index, 0] = scores.masked_fill(~mask, 0.0).sum(-1).float()
+            table[index, 0] = scores["logps"].masked_fill(~mask, 0.0).sum(-1).float()
             if frozen is not None:
                 table[index, 1] = frozen.masked_fill(~mask, 0.0).sum(-1).float()
             table[index, 2] = mask.sum(-1).float()
@@ -382,19 +393,27 @@ class Engine:
             held_out = self.online.held_out(held_out, step, metrics)
             if self.held_out_reference is not None:
                 self.held_out_reference.forget()
-        size = self.recipe.train.batch_size
-        blocks, pair_blocks = ([[rows[i] for i in b] for b in blocks_of(len(rows), size)] for rows in (held_out, pairs))
-        with StepProgress(self.console, len(blocks) + len(pair_blocks), f"evaluating at step {step}") as progress:
-            loss = self._evaluate_loss(blocks, metrics, bad, progress, None if pairs else seen)
-            for number, trees in enumerate(pair_blocks, start=len(blocks) + 1):
-                self._evaluate_pairs(trees, metrics, seen)
-                progress.advance(number)
+        size, loss = self.recipe.train.batch_size, self.objective.loss
+        again = bool(pairs) or (loss.has_prepare and loss.prepare_pass)  # completions are asked for more than once
+        all_of_them = joined(chain(held_out, pairs), self.budget, mismatched=loss.needs_mismatched) if again else []
+        first, blocks, pair_blocks = (blocks_of(rows, size) for rows in (all_of_them, held_out, pairs))
+        total = len(first) + len(blocks) + len(pair_blocks)
+        with StepProgress(self.console, total, f"evaluating at step {step}") as progress:
+            done = map(progress.advance, count(1))
+            self.once = self._forward_once(first, done) if again else None
+            try:
+                eval_loss = self._evaluate_loss(blocks, metrics, bad, done, None if pairs else seen)
+                for trees in pair_blocks:
+                    self._evaluate_pairs(trees, metrics, seen)
+                    next(done)
+            finally:
+                self.once = None
         self._stop_if(bad, f"evaluation at step {step}", step)
         # answers that were just made are no rows of others, and scores are no log-probs
-        unlike = self.online is not None or self.objective.loss.needs_scores
+        unlike = self.online is not None or loss.needs_scores
         rows = pairs or (() if unlike else held_out)
         self.on_rows(step, rows, RowScores.merged(of_all_ranks(self.accelerator, seen)))
-        line: Record = {"step": step, "epoch": round(epoch, 6), "eval_loss": loss}
+        line: Record = {"step": step, "epoch": round(epoch, 6), "eval_loss": eval_loss}
         if not blocks:
             del line["eval_loss"]
         line |= {f"eval_{name}": value for name, value in self._over_ranks(metrics).items()}
@@ -403,13 +422,24 @@ class Engine:
         self.console.print(f"held-out, step {step}: {brief(line)}", highlight=False)
         return line
 
+    def _forward_once(self, blocks: Sequence[Sequence[Tree]], done: Iterator[None]) -> Once:
+        """All completions of an evaluation, on every rank."""
+        mine = Once()
+        for trees in blocks:
+            for round, _members in self.bare_rounds(trees):
+                scores = self._scores(round)
+                if round.mine is not None:
+                    mine.add(round.mine.trees, round.layout, scores)
+            next(done)
+        return Once.merged(of_all_ranks(self.accelerator, mine))
+
     def _evaluate_loss(
-        self, blocks: Sequence[Sequence[Tree]], metrics: Accumulator, bad: BadRows, progress: StepProgress,
+        self, blocks: Sequence[Sequence[Tree]], metrics: Accumulator, bad: BadRows, done: Iterator[None],
         seen: RowScores | None,
     ) -> float:  # fmt: skip
         """The loss over all blocks: the sum of each term divided by all its units."""
         sums, units = [], []
-        for number, trees in enumerate(blocks, start=1):
+        for trees in blocks:
             prepared, _ = self._prepare(trees, self.state, self.held_out_reference)
             rounds, whole = self._rounds(trees, prepared)
             mine = torch.zeros(len(whole.units), device=self.device, dtype=torch.float64)
@@ -419,7 +449,7 @@ class Engine:
                     mine += torch.stack([masked_sum(t).double() for t in output.terms])
             sums.append(mine)
             units.append(torch.tensor(whole.units))
-            progress.advance(number)
+            next(done)
         if not blocks:
             return 0.0
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum").cpu()
@@ -429,7 +459,7 @@ class Engine:
         """Which side of held-out pairs the policy prefers, for a loss that does not eat pairs itself."""
         for round, _members in self.bare_rounds(trees):
             table = None if self.pair_reference is None else self.pair_reference.score(round)
-            scores = self.policy(round.layout)
+            scores = self._scores(round, stats=False)
             if round.mine is not None:
                 record_preference(metrics, pairs_of(Scored(round.mine.trees, round.layout, scores, table)))
                 seen.look(round.layout, scores["logps"], table)

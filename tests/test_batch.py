@@ -39,7 +39,8 @@ def test_the_order_is_fixed_for_ever() -> None:
 
 
 def test_blocks() -> None:
-    assert blocks_of(5, 2) == [(0, 1), (2, 3), (4,)]
+    trees = make_trees(5)
+    assert blocks_of(trees, 2) == [trees[:2], trees[2:4], trees[4:]]
 
 
 @settings(max_examples=60, deadline=None)
