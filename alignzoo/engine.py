@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain, count, repeat
 from typing import Any, Protocol
 
 import torch
@@ -394,13 +394,16 @@ class Engine:
             if self.held_out_reference is not None:
                 self.held_out_reference.forget()
         size, loss = self.recipe.train.batch_size, self.objective.loss
-        again = bool(pairs) or (loss.has_prepare and loss.prepare_pass)  # completions are asked for more than once
-        all_of_them = joined(chain(held_out, pairs), self.budget, mismatched=loss.needs_mismatched) if again else []
-        first, blocks, pair_blocks = (blocks_of(rows, size) for rows in (all_of_them, held_out, pairs))
-        total = len(first) + len(blocks) + len(pair_blocks)
+        again: Sequence[Tree] = ()  # where completions are asked for more than once, all of them
+        if pairs or (loss.has_prepare and loss.prepare_pass):
+            again = joined(chain(held_out, pairs), self.budget, self.way, mismatched=loss.needs_mismatched)
+        first, blocks, pair_blocks = (blocks_of(rows, size) for rows in (again, held_out, pairs))
+        quick = bool(again) and not isinstance(self.held_out_reference, Remembering)  # nothing is forwarded after it
+        total = len(first) + (0 if quick else len(blocks) + len(pair_blocks))
         with StepProgress(self.console, total, f"evaluating at step {step}") as progress:
-            done = map(progress.advance, count(1))
+            done: Iterator[None] = map(progress.advance, count(1))
             self.once = self._forward_once(first, done) if again else None
+            done = repeat(None) if quick else done
             try:
                 eval_loss = self._evaluate_loss(blocks, metrics, bad, done, None if pairs else seen)
                 for trees in pair_blocks:

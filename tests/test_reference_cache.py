@@ -26,8 +26,10 @@ from alignzoo import hashes, precompute, refstore
 from alignzoo.errors import RecipeError, RunError
 from alignzoo.fingerprint import fingerprint_of_files, fingerprint_of_model
 from alignzoo.model import add_adapter, locate
+from alignzoo.once import joined
 from alignzoo.recipe import LoRA, load_recipe
 from alignzoo.reference import plan_reference
+from alignzoo.tree import Tree
 
 # --- the same training
 
@@ -158,6 +160,21 @@ def test_the_mismatched_completions_are_kept_too(recipe_file: Path) -> None:
     assert computed == everything - found
     _, said = run(recipe_file, "loss.name=kto", "train.seed=3")
     assert counts(said)[2] == 0
+
+
+def test_a_prompt_is_forwarded_once_for_its_completions(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rows that a pair is made into, and the answers to other prompts that they are compared with."""
+    made: list[list[Tree]] = []
+
+    def spy(*args: Any, **options: Any) -> list[Tree]:
+        made.append(joined(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr("alignzoo.precompute.joined", spy)
+    _, said = run(recipe_file, "loss.name=kto")
+    trees = made[0]
+    assert len({tree.prompt.tobytes() for tree in trees}) == len(trees) == 8 + 3
+    assert sum(len(tree.completions) for tree in trees) == counts(said)[2] > 3 * len(trees)
 
 
 def test_other_weights_types_and_precisions_are_computed_again(
