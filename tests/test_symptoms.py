@@ -117,6 +117,14 @@ def test_a_limit(metric: str, bad: float, good: float, rule: str) -> None:
     assert (rule in {name for name, _ in rules(known(), alternating)}) is (rule == "kl")
 
 
+def test_the_accuracy_of_pairs_of_new_answers_is_none() -> None:
+    """The best against the worst of what the policy itself has just sampled: the reward tells what it has learned."""
+    bad = {"rewards__accuracies": 0.4}
+    assert rules(known(), held_out([0, 50, 100], **bad)) == [("accuracy", 100)]
+    assert rules(known(), held_out([0, 50, 100], rollout__reward=0.8, **bad)) == []
+    assert rules(known(), train(range(2, 101), rollout__reward=0.8, **bad)) == []
+
+
 def test_held_out_rows_count_and_not_the_noise_of_training() -> None:
     lines = in_order(
         train(range(1, 101), kl__chosen=99.0), held_out([0], kl__chosen=0.0), held_out([100], kl__chosen=1.0)
