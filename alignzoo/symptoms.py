@@ -199,7 +199,7 @@ def _margin(look: Look) -> Finding | None:
 
 
 def _accuracy(look: Look) -> Finding | None:
-    """Not of the policy's own answers: new ones are paired each time, by rewards, and what it has learned is in none."""
+    """Not of the policy's own answers: new ones are paired each time, and their reward tells what it has learned."""
     if look.known.data == "demonstrations":  # held-out pairs may be measured too, but are not what it learns
         return None
     if "rollout/reward" in look.record or "eval_rollout/reward" in look.record:
