@@ -2,13 +2,14 @@
 
 A loss's `prepare`, the loss itself and the measure of held-out pairs want the same completions, in rows that need not
 lie on the same rank, and rows that pairs were made into have their prompts in common. So all different completions of a
-prompt are forwarded together, first of all, and looked up by their tokens afterwards.
+prompt are forwarded together, first of all, and looked up by their tokens afterwards. The reference's log-probs of a
+run are computed in the same way, see precompute.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alignzoo.batch import Layout, Way
 from alignzoo.reference import lengths_of
-from alignzoo.refstore import row_key
+from alignzoo.refstore import prompt_key, row_key
 from alignzoo.tree import Completion, Tree
 
 
@@ -61,15 +62,17 @@ def joined(trees: Iterable[Tree], budget: int, way: Way, *, mismatched: bool) ->
     latest: dict[bytes, int] = {}
     for tree in trees:
         for completion in tree.branches if mismatched else tree.completions:
-            key, prompt = row_key(tree.prompt, completion.ids), tree.prompt.tobytes()
+            key = row_key(tree.prompt, completion.ids)
             if key in known:
                 continue
             known.add(key)
-            n = latest.get(prompt, len(found))
-            whole = Tree(n, tree.prompt, (*(found[n].completions if n < len(found) else ()), completion), tree.where)
-            if n < len(found) and way.positions([whole]) <= budget:
-                found[n] = whole
-                continue
+            prompt = prompt_key(tree.prompt)
+            n = latest.get(prompt)
+            if n is not None:
+                whole = replace(found[n], completions=(*found[n].completions, completion))
+                if way.positions([whole]) <= budget:
+                    found[n] = whole
+                    continue
             latest[prompt] = len(found)
             found.append(Tree(len(found), tree.prompt, (completion,), tree.where))
     return found

@@ -32,7 +32,7 @@ from alignzoo.model import locate
 from alignzoo.once import Once, joined
 from alignzoo.progress import StepProgress, sayer
 from alignzoo.reference import AdapterOff, Cached, FrozenReference, Reference
-from alignzoo.refstore import Identity, ReferenceStore, row_key
+from alignzoo.refstore import Identity, ReferenceStore, prompt_key, row_key
 from alignzoo.sharding import hold_frozen, of_all_ranks, same_everywhere
 from alignzoo.tree import LogPs, Tree
 
@@ -76,7 +76,7 @@ class Wanted:
                     self.lengths.append(len(completion.ids))
                     self.homes.append((len(self.data), index, slot))
                     self.cost.append(len(tree.prompt) + len(completion.ids))
-                    self.prompts.append(self._prompts.setdefault(tree.prompt.tobytes(), len(self._prompts)))
+                    self.prompts.append(self._prompts.setdefault(prompt_key(tree.prompt), len(self._prompts)))
                 self.number.append(self._known[key])
         self.first.append(firsts)
         self.data.append(data)

@@ -53,6 +53,11 @@ def row_key(prompt: Ids, completion: Ids) -> bytes:
     return digest.digest()
 
 
+def prompt_key(prompt: Ids) -> bytes:
+    """The key of a prompt: as long for a long one as for a short one."""
+    return row_key(prompt, prompt[:0])
+
+
 def reference_folder() -> Path:
     """Where log-probs of references are kept. Raises RuntimeError where "~" stands for no folder."""
     return base_folder() / "reference"
